@@ -1,0 +1,114 @@
+"""Load and verify a bundle. A bundle is either exactly what its manifest says, or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from model_store.errors import BundleError
+from model_store.manifest import MANIFEST_FILE, MODEL_FILE, Manifest, parse_manifest
+from model_store.session import GateSession
+
+SIGNATURE_FILE = "model.sig"
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference from the golden answers that another processor may show; a wrong graph is off by far more."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files all had the manifest's hashes when they were read. `model` holds those very bytes."""
+
+    path: Path
+    manifest: Manifest
+    model: bytes
+    model_sha256: str
+
+    @property
+    def label(self) -> str:
+        """name/version, as people write it."""
+        return f"{self.manifest.name}/{self.manifest.version}"
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Read a bundle's folder: manifest, then every file that it names, each checked against its sha256.
+
+    The model's bytes are read once and kept, so that what was hashed is what will run. BundleError names the first
+    file that is missing, linked, changed or outside the folder.
+    """
+    if not path.is_dir():
+        raise BundleError(path.name, "there is no bundle of this name")
+    manifest = parse_manifest(_read(path, MANIFEST_FILE))
+    if MODEL_FILE not in manifest.files:
+        raise BundleError(MANIFEST_FILE, f"names no {MODEL_FILE}")
+    if sum(branch.embedding_dim for branch in manifest.branches) != manifest.embedding_dim:
+        raise BundleError(MANIFEST_FILE, "the branches' dimensions do not add up to embedding_dim")
+    model = b""
+    for name, expected in manifest.files.items():
+        data = _read(path, name)
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise BundleError(name, "its sha256 is not the one in the manifest: it was changed after it was written")
+        if name == MODEL_FILE:
+            model = data
+    return Bundle(path, manifest, model, manifest.files[MODEL_FILE])
+
+
+def verify_bundle(path: Path) -> list[str]:
+    """Check everything that can be checked, and return what was, in words; BundleError at the first failure.
+
+    Schema and digest of the manifest, sha256 of every file, no file that the manifest does not name, the graph's
+    signature, and the golden vector.
+    """
+    bundle = load_bundle(path)
+    manifest = bundle.manifest
+    done = [f"manifest: schema {manifest.schema_version}, digest", f"sha256 of {len(manifest.files)} files"]
+    known = {MANIFEST_FILE, SIGNATURE_FILE, *manifest.files}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if not file.is_dir() and name not in known:
+            raise BundleError(name, "the manifest does not name this file")
+    session = GateSession(bundle)
+    done.append("graph: inputs and outputs as promised")
+    check_golden(session, manifest)
+    done.append(f"golden vector: {manifest.golden.shape[0]} images answered within {GOLDEN_TOLERANCE:g}")
+    return done
+
+
+def check_golden(session: GateSession, manifest: Manifest) -> None:
+    """Raise BundleError unless the graph answers the golden images as it did when the bundle was made."""
+    try:
+        images, embedding, confidence, score = manifest.golden.arrays()
+    except ValueError as error:
+        raise BundleError(MANIFEST_FILE, f"the golden vector cannot be read ({error})") from None
+    answer = session.run(images)
+    for what, expected, found in (
+        ("embedding", embedding, answer.embedding),
+        ("confidence", confidence, answer.confidence),
+        ("score", score, answer.score),
+    ):
+        if expected.shape != found.shape:
+            raise BundleError(MODEL_FILE, f"golden {what}: shape {found.shape}, promised {expected.shape}")
+        worst = float(np.abs(expected - found).max())
+        scale = max(1.0, float(np.abs(expected).max()))
+        if not worst <= GOLDEN_TOLERANCE * scale:
+            raise BundleError(MODEL_FILE, f"golden {what}: differs by {worst:.2g} from what the manifest promises")
+
+
+def _read(root: Path, name: str) -> bytes:
+    """Read a file named inside the bundle; links and names that lead out of it are refused."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise BundleError(name, "leads out of the bundle")
+    current = root
+    for part in pure.parts:
+        current = current / part
+        if current.is_symlink():
+            raise BundleError(name, "is a link; a bundle holds plain files")
+    try:
+        with open(os.open(current, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BundleError(name, f"cannot be read ({error.strerror})") from None

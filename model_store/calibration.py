@@ -1,0 +1,61 @@
+"""From a score to a p-value: how many clean images look at least as suspicious.
+
+The operator chooses a false-positive budget, never a threshold. Split-conformal p-values (Vovk et al., "Algorithmic
+Learning in a Random World", ch. 2): for a fresh clean image exchangeable with the calibration images, P(p <= a) <= a.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model_store.errors import TwogateError
+
+
+class BudgetTooSmall(TwogateError):
+    """The calibration set is too small to promise this false-positive rate."""
+
+
+class Calibration(BaseModel):
+    """The scores of held-out clean images, which no encoder, head or detector was fitted on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(description="what the clean images were, in words")
+    scores: tuple[float, ...] = Field(min_length=1, description="ascending; one per clean image")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Calibration:
+        values = np.asarray(self.scores)
+        if not np.isfinite(values).all() or (np.diff(values) < 0).any():
+            raise ValueError("scores must be finite and ascending")
+        return self
+
+    @property
+    def n(self) -> int:
+        """Number of clean images."""
+        return len(self.scores)
+
+    @property
+    def smallest_budget(self) -> float:
+        """The smallest false-positive rate that n clean images can promise: 1 / (n + 1)."""
+        return 1 / (self.n + 1)
+
+    def p_value(self, score: ArrayLike) -> NDArray[np.float64]:
+        """p = (1 + #{clean >= score}) / (n + 1), elementwise; a NaN score gets the smallest p, the suspicious end."""
+        table = np.asarray(self.scores)
+        values = np.asarray(score, dtype=np.float64)
+        at_least = self.n - np.searchsorted(table, values, side="left")
+        return np.asarray((1 + np.where(np.isnan(values), 0, at_least)) / (self.n + 1))
+
+    def require_budget(self, max_fpr: float) -> None:
+        """Raise BudgetTooSmall unless some p-value can be as small as `max_fpr`."""
+        if max_fpr < self.smallest_budget:
+            needed = math.ceil(1 / max_fpr) - 1
+            raise BudgetTooSmall(
+                f"max_fpr {max_fpr:g} needs at least {needed} calibration images, this bundle has {self.n}: "
+                f"the smallest budget it supports is {self.smallest_budget:.2g}"
+            )

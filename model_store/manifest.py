@@ -1,0 +1,138 @@
+"""The manifest: what a bundle says about itself, and the proof that nobody changed it since."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model_store.calibration import Calibration
+from model_store.errors import BundleError
+from model_store.pixels import PixelRule
+
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+SCHEMA_VERSION = 1
+_UNSEALED = "0" * 64
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Branch(_Part):
+    """One column of `confidence`. An `mpae` or `bmp` branch is also a part of the embedding, in this order."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    role: Literal["mpae", "bmp", "tripwire"]
+    description: str
+    embedding_dim: int = Field(ge=0, description="columns of the embedding that this branch fills; 0 for a tripwire")
+
+
+class Detector(_Part):
+    """Which rule made `confidence` and `score`, and the numbers that it was fitted with, for people."""
+
+    name: Literal["consistency", "paper"]
+    description: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class Golden(_Part):
+    """A few input tensors and what the graph must answer; raw little-endian arrays in base64."""
+
+    shape: tuple[int, int, int, int]
+    images: str
+    embedding: str
+    confidence: str
+    score: str
+
+    @classmethod
+    def of(
+        cls,
+        images: NDArray[np.uint8],
+        embedding: NDArray[np.float32],
+        confidence: NDArray[np.float32],
+        score: NDArray[np.float32],
+    ) -> Golden:
+        """Pack arrays [N,H,W,3], [N,D], [N,B], [N]."""
+
+        def pack(array: NDArray[Any], dtype: str) -> str:
+            return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode("ascii")
+
+        n, height, width, channels = images.shape
+        return cls(
+            shape=(n, height, width, channels),
+            images=pack(images, "|u1"),
+            embedding=pack(embedding, "<f4"),
+            confidence=pack(confidence, "<f4"),
+            score=pack(score, "<f4"),
+        )
+
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """Unpack to images [N,H,W,3], embedding [N,D], confidence [N,B], score [N]. ValueError where they do not fit."""
+        n = self.shape[0]
+
+        def unpack(text: str) -> NDArray[np.float32]:
+            return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").reshape(n, -1)
+
+        images = np.frombuffer(base64.b64decode(self.images, validate=True), dtype=np.uint8).reshape(self.shape)
+        return images, unpack(self.embedding), unpack(self.confidence), unpack(self.score)[:, 0]
+
+
+class Manifest(_Part):
+    """`manifest.json`. Every other file of the bundle is named in `files` with its sha256."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    digest: str = Field(
+        default=_UNSEALED,
+        pattern=r"^[0-9a-f]{64}$",
+        description="sha256 of this file's bytes with these 64 characters set to 0",
+    )
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    version: int = Field(ge=1)
+    created: datetime
+    pixels: PixelRule
+    embedding_dim: int = Field(ge=1)
+    branches: tuple[Branch, ...] = Field(min_length=1)
+    detector: Detector
+    calibration: Calibration
+    files: dict[str, str] = Field(description="path inside the bundle -> sha256, lower-case hex")
+    golden: Golden
+    provenance: dict[str, Any] = Field(description="recipe, data summary, seeds, library versions, commit")
+
+    def sealed_bytes(self) -> bytes:
+        """The bytes of `manifest.json`, with `digest` filled in."""
+        text = self.model_copy(update={"digest": _UNSEALED}).model_dump_json(indent=1)
+        unsealed = text.encode("utf-8")
+        digest = hashlib.sha256(unsealed).hexdigest()
+        return unsealed.replace(_UNSEALED.encode(), digest.encode(), 1)
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Read and check the bytes of a `manifest.json`. BundleError names what is wrong: schema, digest or a field."""
+    try:
+        raw = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(MANIFEST_FILE, f"is not JSON ({error})") from None
+    version = raw.get("schema_version") if isinstance(raw, Mapping) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            MANIFEST_FILE, f"schema version {version!r} is not the one this program reads ({SCHEMA_VERSION})"
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(MANIFEST_FILE, f"field {where!r}: {first['msg']}") from None
+    unsealed = data.replace(manifest.digest.encode(), _UNSEALED.encode(), 1)
+    if hashlib.sha256(unsealed).hexdigest() != manifest.digest:
+        raise BundleError(MANIFEST_FILE, "its digest does not match its content: it was changed after it was written")
+    return manifest

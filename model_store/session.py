@@ -1,0 +1,81 @@
+"""Run a bundle's graph: uint8 pictures in; embedding, confidence and score out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from model_store.errors import BundleError
+from model_store.manifest import MODEL_FILE, Manifest
+
+if TYPE_CHECKING:
+    from model_store.bundle import Bundle
+
+OUTPUTS = ("embedding", "confidence", "score")
+
+
+@dataclass(frozen=True)
+class GateOutputs:
+    """What the graph answers for N pictures."""
+
+    embedding: NDArray[np.float32]
+    """[N, D], unit length."""
+    confidence: NDArray[np.float32]
+    """[N, B] in [0, 1], in the manifest's order of branches."""
+    score: NDArray[np.float32]
+    """[N], higher = more suspicious."""
+
+
+class GateSession:
+    """An ONNX Runtime session over a bundle. `run` may be called from several threads.
+
+    `threads` is the number of cores that one run uses; 0 leaves it to ONNX Runtime, which does not see a container's CPU
+    limit. BundleError where the graph cannot be loaded or is not the one that the manifest describes.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    ) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # An idle server must not spin; and memory taken for one large batch must go back.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = False
+        try:
+            self._session = ort.InferenceSession(bundle.model, options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise BundleError(MODEL_FILE, f"ONNX Runtime cannot load it ({type(error).__name__})") from error
+        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        check_signature(self._session, bundle.manifest)
+
+    def run(self, images: NDArray[np.uint8]) -> GateOutputs:
+        """Answer for uint8 pictures [N, H, W, 3], RGB, made by the bundle's pixel rule."""
+        embedding, confidence, score = self._session.run(list(OUTPUTS), {"images": images})
+        return GateOutputs(np.asarray(embedding), np.asarray(confidence), np.asarray(score))
+
+
+def check_signature(session: ort.InferenceSession, manifest: Manifest) -> None:
+    """Raise BundleError unless the graph's inputs and outputs are those of the contract and of this manifest."""
+
+    def described(nodes: list[ort.NodeArg]) -> dict[str, tuple[str, list[int | None]]]:
+        return {node.name: (node.type, [d if isinstance(d, int) else None for d in node.shape]) for node in nodes}
+
+    rule = manifest.pixels
+    expected_in = {"images": ("tensor(uint8)", [None, rule.height, rule.width, 3])}
+    expected_out = {
+        "embedding": ("tensor(float)", [None, manifest.embedding_dim]),
+        "confidence": ("tensor(float)", [None, len(manifest.branches)]),
+        "score": ("tensor(float)", [None]),
+    }
+    for kind, found, expected in (
+        ("inputs", described(session.get_inputs()), expected_in),
+        ("outputs", described(session.get_outputs()), expected_out),
+    ):
+        if found != expected:
+            raise BundleError(MODEL_FILE, f"the graph's {kind} are {found}, the manifest promises {expected}")

@@ -1,0 +1,1 @@
+"""Online: a bundle in, HTTP out."""
