@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from model_store.errors import BundleError
+from model_store.graph import check_self_contained
 from model_store.manifest import MANIFEST_FILE, MODEL_FILE, Manifest, parse_manifest
 from model_store.session import GateSession
 
@@ -37,7 +39,7 @@ def load_bundle(path: Path) -> Bundle:
     """Read a bundle's folder: manifest, then every file that it names, each checked against its sha256.
 
     The model's bytes are read once and kept, so that what was hashed is what will run. BundleError names the first
-    file that is missing, linked, changed or outside the folder.
+    file that is missing, linked, changed or outside the folder, or the model where it is not self-contained.
     """
     if not path.is_dir():
         raise BundleError(path.name, "there is no bundle of this name")
@@ -53,6 +55,7 @@ def load_bundle(path: Path) -> Bundle:
             raise BundleError(name, "its sha256 is not the one in the manifest: it was changed after it was written")
         if name == MODEL_FILE:
             model = data
+    check_self_contained(model)
     return Bundle(path, manifest, model, manifest.files[MODEL_FILE])
 
 
@@ -64,11 +67,15 @@ def verify_bundle(path: Path) -> list[str]:
     """
     bundle = load_bundle(path)
     manifest = bundle.manifest
-    done = [f"manifest: schema {manifest.schema_version}, digest", f"sha256 of {len(manifest.files)} files"]
+    done = [
+        f"manifest: schema {manifest.schema_version}, digest",
+        f"sha256 of {len(manifest.files)} files",
+        "graph: self-contained, standard operators only",
+    ]
     known = {MANIFEST_FILE, SIGNATURE_FILE, *manifest.files}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if not file.is_dir() and name not in known:
+        if (file.is_symlink() or not file.is_dir()) and name not in known:
             raise BundleError(name, "the manifest does not name this file")
     session = GateSession(bundle)
     done.append("graph: inputs and outputs as promised")
@@ -83,6 +90,9 @@ def check_golden(session: GateSession, manifest: Manifest) -> None:
         images, embedding, confidence, score = manifest.golden.arrays()
     except ValueError as error:
         raise BundleError(MANIFEST_FILE, f"the golden vector cannot be read ({error})") from None
+    rule = manifest.pixels
+    if len(images) < 1 or images.shape[1:] != (rule.height, rule.width, 3):
+        raise BundleError(MANIFEST_FILE, f"the golden images have shape {images.shape}, which the graph does not take")
     answer = session.run(images)
     for what, expected, found in (
         ("embedding", embedding, answer.embedding),
@@ -108,7 +118,16 @@ def _read(root: Path, name: str) -> bytes:
         if current.is_symlink():
             raise BundleError(name, "is a link; a bundle holds plain files")
     try:
-        with open(os.open(current, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        descriptor = os.open(current, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise BundleError(name, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BundleError(name, "is no plain file")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read()
     except OSError as error:
         raise BundleError(name, f"cannot be read ({error.strerror})") from None
+    finally:
+        os.close(descriptor)

@@ -7,6 +7,7 @@ Learning in a Random World", ch. 2): for a fresh clean image exchangeable with t
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,15 +45,20 @@ class Calibration(BaseModel):
         """The smallest false-positive rate that n clean images can promise: 1 / (n + 1)."""
         return 1 / (self.n + 1)
 
+    @cached_property
+    def _table(self) -> NDArray[np.float64]:
+        return np.asarray(self.scores, dtype=np.float64)
+
     def p_value(self, score: ArrayLike) -> NDArray[np.float64]:
         """p = (1 + #{clean >= score}) / (n + 1), elementwise; a NaN score gets the smallest p, the suspicious end."""
-        table = np.asarray(self.scores)
         values = np.asarray(score, dtype=np.float64)
-        at_least = self.n - np.searchsorted(table, values, side="left")
+        at_least = self.n - np.searchsorted(self._table, values, side="left")
         return np.asarray((1 + np.where(np.isnan(values), 0, at_least)) / (self.n + 1))
 
     def require_budget(self, max_fpr: float) -> None:
-        """Raise BudgetTooSmall unless some p-value can be as small as `max_fpr`."""
+        """Raise BudgetTooSmall unless some p-value can be as small as `max_fpr`, a share between 0 and 1."""
+        if not 0 < max_fpr < 1:
+            raise TwogateError(f"max_fpr {max_fpr:g} is not a share of clean images: it must lie between 0 and 1")
         if max_fpr < self.smallest_budget:
             needed = math.ceil(1 / max_fpr) - 1
             raise BudgetTooSmall(

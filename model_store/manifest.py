@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,8 @@ from model_store.pixels import PixelRule
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _UNSEALED = "0" * 64
 
 
@@ -76,14 +77,15 @@ class Golden(_Part):
         )
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-        """Unpack to images [N,H,W,3], embedding [N,D], confidence [N,B], score [N]. ValueError where they do not fit."""
+        """Unpack what `of` packed; ValueError where the arrays and `shape` do not fit."""
         n = self.shape[0]
 
         def unpack(text: str) -> NDArray[np.float32]:
             return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").reshape(n, -1)
 
         images = np.frombuffer(base64.b64decode(self.images, validate=True), dtype=np.uint8).reshape(self.shape)
-        return images, unpack(self.embedding), unpack(self.confidence), unpack(self.score)[:, 0]
+        (score,) = unpack(self.score).T
+        return images, unpack(self.embedding), unpack(self.confidence), score
 
 
 class Manifest(_Part):
@@ -95,7 +97,7 @@ class Manifest(_Part):
         pattern=r"^[0-9a-f]{64}$",
         description="sha256 of this file's bytes with these 64 characters set to 0",
     )
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
     version: int = Field(ge=1)
     created: datetime
     pixels: PixelRule
@@ -119,7 +121,7 @@ def parse_manifest(data: bytes) -> Manifest:
     """Read and check the bytes of a `manifest.json`. BundleError names what is wrong: schema, digest or a field."""
     try:
         raw = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(MANIFEST_FILE, f"is not JSON ({error})") from None
     version = raw.get("schema_version") if isinstance(raw, Mapping) else None
     if version != SCHEMA_VERSION:

@@ -15,6 +15,7 @@ An attacker controls every pixel, so training, calibration and serving must agre
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -24,13 +25,21 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from model_store.errors import ImageTooLarge, UndecodableImage, UnsupportedMedia
 
-ACCEPTED = ("image/jpeg", "image/png", "image/webp")
-_PILLOW_FORMATS = {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+# The readers are called by name, because Image.open would refuse or warn at limits of its own, before ours are asked.
+_READERS: dict[str, type[ImageFile.ImageFile]] = {
+    "image/jpeg": JpegImageFile,
+    "image/png": PngImageFile,
+    "image/webp": WebPImageFile,
+}
+ACCEPTED = tuple(_READERS)
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 # What Pillow raises on hostile files of the accepted types, seen on its own corpus of odd images.
@@ -49,8 +58,11 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
+
+# Odd metadata makes Pillow warn; the pixels are judged, not the metadata. Set once and not around each decode, because
+# Python's warning filters are shared by all threads.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 class PixelRule(BaseModel):
@@ -89,7 +101,10 @@ class Header:
 
 
 def sniff(data: bytes) -> str | None:
-    """Name the type of `data` by its first bytes, or None; knows a few common types that are not accepted, for messages."""
+    """Name the type of `data` by its first bytes, or None.
+
+    Knows a few common types that are not accepted too, so that a refusal can name them.
+    """
     if data[:3] == b"\xff\xd8\xff":
         return "image/jpeg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -123,9 +138,9 @@ def read_header(data: bytes, limits: Limits) -> Header:
 
     Raises UnsupportedMedia, ImageTooLarge or UndecodableImage.
     """
-    with _open(data) as image:
-        header = _checked(image, limits)
-    return header
+    media_type, image = _open(data, limits)
+    with image:
+        return Header(media_type, *image.size)
 
 
 def decode(data: bytes, rule: PixelRule, limits: Limits | None = None) -> NDArray[np.uint8]:
@@ -133,18 +148,15 @@ def decode(data: bytes, rule: PixelRule, limits: Limits | None = None) -> NDArra
 
     Raises UnsupportedMedia, ImageTooLarge or UndecodableImage; never returns a partly decoded picture.
     """
-    limits = limits or Limits()
-    with _open(data) as image:
-        _checked(image, limits)
+    _, image = _open(data, limits or Limits())
+    with image:
         try:
-            with warnings.catch_warnings():
-                # Odd metadata makes Pillow warn; the pixels are judged, not the metadata.
-                warnings.simplefilter("ignore")
-                factor = rule.jpeg_dct_factor
-                image.draft(None, (factor * rule.width, factor * rule.height))
-                image.load()
-                picture = _to_rgb(_upright(image), rule.background)
-                resized = picture.resize((rule.width, rule.height), _RESAMPLING[rule.resample])
+            # The longer side both ways: a photo stored sideways has the sides of the input swapped.
+            enough = rule.jpeg_dct_factor * max(rule.width, rule.height)
+            image.draft(None, (enough, enough))
+            image.load()
+            picture = _to_rgb(_upright(image), rule.background)
+            resized = picture.resize((rule.width, rule.height), _RESAMPLING[rule.resample])
         except _DECODE_ERRORS:
             raise UndecodableImage("the image is damaged or truncated") from None
     return np.asarray(resized, dtype=np.uint8)
@@ -155,22 +167,19 @@ def decode_file(path: Path, rule: PixelRule, limits: Limits | None = None) -> ND
     return decode(path.read_bytes(), rule, limits)
 
 
-def _open(data: bytes) -> Image.Image:
-    detected = sniff(data[:32])
-    if detected not in ACCEPTED:
-        raise UnsupportedMedia(detected, ACCEPTED)
+def _open(data: bytes, limits: Limits) -> tuple[str, ImageFile.ImageFile]:
+    """Media type and opened image, whose header was checked and whose pixels are not decoded yet."""
+    media_type = sniff(data[:32])
+    if media_type not in _READERS:
+        raise UnsupportedMedia(media_type, ACCEPTED)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=["JPEG", "MPO", "PNG", "WEBP"])
+        image = _READERS[media_type](io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        # The WebP reader has a limit of its own; its message begins with the number of pixels.
+        pixels = re.search(r"\d+", str(error))
+        raise ImageTooLarge("the number of pixels", limits.max_pixels, int(pixels[0]) if pixels else 0) from None
     except _DECODE_ERRORS:
         raise UndecodableImage("the image's header cannot be read") from None
-    if _PILLOW_FORMATS.get(image.format or "") != detected:
-        raise UndecodableImage("the image's header cannot be read")
-    return image
-
-
-def _checked(image: Image.Image, limits: Limits) -> Header:
     width, height = image.size
     if max(width, height) > limits.max_side:
         raise ImageTooLarge("the longer side in pixels", limits.max_side, max(width, height))
@@ -178,7 +187,7 @@ def _checked(image: Image.Image, limits: Limits) -> Header:
         raise ImageTooLarge("the number of pixels", limits.max_pixels, width * height)
     if min(width, height) < limits.min_side:
         raise UndecodableImage(f"the image is {width} x {height} pixels; the shorter side must have {limits.min_side}")
-    return Header(_PILLOW_FORMATS[image.format or ""], width, height)
+    return media_type, image
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -33,8 +33,8 @@ class GateOutputs:
 class GateSession:
     """An ONNX Runtime session over a bundle. `run` may be called from several threads.
 
-    `threads` is the number of cores that one run uses; 0 leaves it to ONNX Runtime, which does not see a container's CPU
-    limit. BundleError where the graph cannot be loaded or is not the one that the manifest describes.
+    `threads` is the number of cores that one run uses; 0 leaves it to ONNX Runtime, which does not see a container's
+    CPU limit. BundleError where the graph cannot be loaded or is not the one that the manifest describes.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class GateSession:
         # An idle server must not spin; and memory taken for one large batch must go back.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = False
+        # Never let the bytes choose another format: what was checked is an ONNX model.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
             self._session = ort.InferenceSession(bundle.model, options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's errors share no base class

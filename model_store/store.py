@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from model_store.errors import BundleError
-from model_store.manifest import MANIFEST_FILE, Manifest
+from model_store.manifest import MANIFEST_FILE, NAME_PATTERN, Manifest
 
 EMBEDDED_STORE = Path(__file__).parent / "bundles"
 DEFAULT_BUNDLE = "photos"
@@ -20,7 +21,7 @@ DEFAULT_BUNDLE = "photos"
 def versions(store: Path, name: str) -> list[int]:
     """The version numbers of a bundle, ascending. As in Triton, other folders and leading zeros are ignored."""
     folder = store / name
-    if not folder.is_dir():
+    if not re.fullmatch(NAME_PATTERN, name) or not folder.is_dir():
         return []
     return sorted(
         int(entry.name)
@@ -39,31 +40,38 @@ def names(store: Path) -> list[str]:
 def resolve(store: Path, wanted: str) -> Path:
     """The folder of `name` (its newest version) or `name/version`. BundleError says what there is instead."""
     name, _, version = wanted.partition("/")
-    available = versions(store, name) if name and name not in (".", "..") else []
+    available = [str(number) for number in versions(store, name)]
     if not available:
         there = ", ".join(names(store)) or "nothing"
         raise BundleError(wanted, f"there is no bundle of this name; the store holds {there}")
     if not version:
-        return store / name / str(available[-1])
-    if not version.isdigit() or int(version) not in available:
-        there = ", ".join(map(str, available))
-        raise BundleError(wanted, f"there is no version {version!r} of {name}; there are {there}")
+        return store / name / available[-1]
+    if version not in available:
+        raise BundleError(wanted, f"there is no version {version!r} of {name}; there are {', '.join(available)}")
     return store / name / version
 
 
 @contextmanager
 def publishing(store: Path, name: str) -> Iterator[Publication]:
-    """Write a new version beside its place; `Publication.seal` moves it there. What is not sealed leaves no trace."""
+    """Write a new version beside its place; `Publication.seal` moves it there. What is not sealed leaves no trace.
+
+    BundleError where `name` cannot be a bundle's name.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise BundleError(name, "a bundle's name has up to 64 of a-z 0-9 . _ - and begins with a letter or digit")
     folder = store / name
-    folder.mkdir(parents=True, exist_ok=True)
-    # A leading dot: neither Triton nor `versions` takes a half-written folder for a version.
-    incoming = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder))
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A leading dot: neither Triton nor `versions` takes a half-written folder for a version.
+        with suppress(FileNotFoundError):  # another publisher may just have tidied the empty folder away
+            incoming = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder))
+            break
     incoming.chmod(0o755)
     try:
         yield Publication(folder, incoming)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-        if not any(folder.iterdir()):
+        with suppress(OSError):  # not empty: it holds versions
             folder.rmdir()
 
 
@@ -77,26 +85,34 @@ class Publication:
     def seal(self, manifest: Manifest) -> Path:
         """Hash the files, write the manifest, give the version its number and move it into place; returns its folder.
 
-        `manifest.version` and `manifest.files` are filled in here.
+        `manifest.version` and `manifest.files` are filled in here. BundleError where the manifest is for another name,
+        or where something is neither a file nor a folder.
         """
-        files = {
-            file.relative_to(self.path).as_posix(): _sha256_synced(file)
-            for file in sorted(self.path.rglob("*"))
-            if file.is_file() and file.name != MANIFEST_FILE
-        }
+        if manifest.name != self._folder.name:
+            raise BundleError(MANIFEST_FILE, f"is for {manifest.name!r}, not for {self._folder.name!r}")
+        files: dict[str, str] = {}
+        for entry in sorted(self.path.rglob("*")):
+            name = entry.relative_to(self.path).as_posix()
+            if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+                raise BundleError(name, "is a link or a device; a bundle holds plain files")
+            if entry.is_file() and name != MANIFEST_FILE:
+                files[name] = _sha256_synced(entry)
         while True:
             version = max(versions(self._folder.parent, self._folder.name), default=0) + 1
             sealed = manifest.model_copy(update={"version": version, "files": files})
             target = self.path / MANIFEST_FILE
             target.write_bytes(sealed.sealed_bytes())
             _sha256_synced(target)
+            for folder in (self.path, *(entry for entry in self.path.rglob("*") if entry.is_dir())):
+                _sync_folder(folder)
             place = self._folder / str(version)
             try:
-                os.rename(self.path, place)
+                self.path.rename(place)
             except OSError:
-                if not place.exists():
+                if not place.is_dir():
                     raise
                 continue  # somebody else took this number meanwhile
+            _sync_folder(self._folder)
             return place
 
 
@@ -105,3 +121,11 @@ def _sha256_synced(file: Path) -> str:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
         os.fsync(handle.fileno())
     return digest
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,7 +1,7 @@
 """A real bundle in a tenth of a second: an ONNX graph of a few operators that answers like a gate.
 
-It has no learned weights. Its score is the energy of the finest detail, so that verdicts differ between smooth and noisy
-pictures as a hardened bundle's differ between clean and attacked ones.
+It has no learned weights. Its score is the energy of the finest detail, so that verdicts differ between smooth and
+noisy pictures as a hardened bundle's differ between clean and attacked ones.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def make_tiny_bundle(
         [smooth_images(golden_images - 1, size, seed=seed + 2), noisy_images(1, size, seed=seed + 3)]
     )
     embedding, confidence, score = run(golden)
+    table = tuple(np.sort(scores.astype(float)).tolist())
     manifest = Manifest(
         name=name,
         version=1,
@@ -64,9 +65,7 @@ def make_tiny_bundle(
         embedding_dim=EMBEDDING_DIM,
         branches=BRANCHES,
         detector=Detector(name="consistency", description="the energy of the finest detail", parameters={"seed": seed}),
-        calibration=Calibration(
-            source="generated smooth pictures", scores=tuple(np.sort(scores.astype(float)).tolist())
-        ),
+        calibration=Calibration(source="generated smooth pictures", scores=table),
         files={},
         golden=Golden.of(golden, embedding, confidence, score),
         provenance={"made_by": "tests/support/tiny_bundle.py", "seed": seed},
