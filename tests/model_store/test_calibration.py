@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from model_store.calibration import BudgetTooSmall, Calibration
+from model_store.errors import TwogateError
+
+scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
+
+
+def calibration(values: list[float]) -> Calibration:
+    return Calibration(source="test", scores=tuple(sorted(values)))
+
+
+@given(scores, st.floats(-1e6, 1e6))
+def test_p_is_the_share_of_clean_images_at_least_as_suspicious(values: list[float], score: float) -> None:
+    expected = (1 + sum(value >= score for value in values)) / (len(values) + 1)
+    assert calibration(values).p_value(score) == pytest.approx(expected)
+
+
+@given(scores, st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_a_more_suspicious_image_never_has_a_larger_p(values: list[float], score: float, more: float) -> None:
+    table = calibration(values)
+    assert table.p_value(score + more) <= table.p_value(score)
+
+
+def test_fresh_clean_images_are_flagged_no_more_often_than_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(200):
+        table = calibration(rng.normal(size=999).tolist())
+        p = table.p_value(rng.normal(size=500))
+        rates.append([(p <= budget).mean() for budget in (0.001, 0.01, 0.05, 0.5)])
+    # 100,000 fresh images: the standard error is below 0.0005 for the first three (and the tables differ).
+    assert np.mean(rates, axis=0) == pytest.approx([0.001, 0.01, 0.05, 0.5], abs=0.004)
+    assert np.mean(rates, axis=0)[0] < 0.002
+
+
+def test_p_values_of_the_calibration_images_themselves_are_uniform() -> None:
+    table = calibration(list(np.random.default_rng(1).normal(size=99)))
+    assert np.sort(table.p_value(table.scores)) == pytest.approx(np.arange(2, 101) / 100)
+
+
+def test_ties_count_as_at_least_as_suspicious() -> None:
+    assert calibration([1.0] * 9).p_value(1.0) == 1.0
+    assert calibration([1.0] * 9).p_value(1.0 + 1e-9) == 0.1
+
+
+def test_scores_that_are_not_numbers() -> None:
+    table = calibration([0.0] * 99)
+    assert table.p_value([np.nan, np.inf, -np.inf]) == pytest.approx([0.01, 0.01, 1.0])
+
+
+def test_shape_is_kept() -> None:
+    assert calibration([0.0]).p_value(np.zeros((2, 3))).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("n", "budget"), [(999, 0.001), (99, 0.01), (19, 0.05), (1200, 0.001)])
+def test_a_budget_that_the_images_support_is_accepted(n: int, budget: float) -> None:
+    table = calibration([0.0] * n)
+    table.require_budget(budget)
+    assert table.p_value(1.0) <= budget  # so that something can be flagged at all
+
+
+@pytest.mark.parametrize(("n", "budget", "needed"), [(998, 0.001, 999), (98, 0.01, 99), (1200, 0.0001, 9999)])
+def test_a_budget_that_is_too_small_is_refused_in_words(n: int, budget: float, needed: int) -> None:
+    with pytest.raises(BudgetTooSmall, match=f"needs at least {needed} calibration images, this bundle has {n}"):
+        calibration([0.0] * n).require_budget(budget)
+
+
+@pytest.mark.parametrize("budget", [0.0, -0.01, 1.0, 7.0, float("nan")])
+def test_a_budget_that_is_no_share_is_refused(budget: float) -> None:
+    with pytest.raises(TwogateError, match="between 0 and 1"):
+        calibration([0.0] * 999).require_budget(budget)
+
+
+@pytest.mark.parametrize("values", [(), (2.0, 1.0), (0.0, float("nan")), (float("inf"),)])
+def test_a_table_that_is_none_is_refused(values: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError):
+        Calibration(source="test", scores=values)
