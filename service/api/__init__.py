@@ -1,0 +1,1 @@
+"""The endpoints: one file per path of the contract, and what they share."""

@@ -1,0 +1,87 @@
+"""A gate without a server: pictures in, answers out, in this thread. `twogate embed` and the service share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from model_store.bundle import Bundle, check_golden, load_bundle
+from model_store.errors import TwogateError
+from model_store.pixels import Limits, decode
+from model_store.session import GateSession
+from model_store.store import resolve
+from service.cores import usable_cores
+from service.engine.verdict import Judged, judge_outputs
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class ProviderError(TwogateError):
+    """The graph cannot run where the operator wants it to."""
+
+
+class LocalGate:
+    """A bundle, ready to judge. `judge` may be called from several threads.
+
+    `max_fpr` is the share of clean images that may be flagged; `threads` the cores that one forward uses, by default
+    all that this process may. Raises BundleError where the graph is not the manifest's or fails its golden vector,
+    BudgetTooSmall where the calibration cannot support `max_fpr`, and ProviderError.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        max_fpr: float = 0.01,
+        threads: int | None = None,
+        *,
+        provider: Literal["cpu", "cuda"] = "cpu",
+        allow_fallback: bool = False,
+    ) -> None:
+        bundle.manifest.calibration.require_budget(max_fpr)
+        self.manifest = bundle.manifest
+        self.label = bundle.label
+        self.model_sha256 = bundle.model_sha256
+        self.max_fpr = max_fpr
+        self.threads = threads or usable_cores()
+        self._session = GateSession(bundle, threads=self.threads, providers=_providers(provider, allow_fallback))
+        self.provider = self._session.providers[0]
+        if self.provider != _PROVIDERS[provider] and not allow_fallback:
+            raise ProviderError(_cannot(provider))
+        check_golden(self._session, bundle.manifest)
+
+    @classmethod
+    def open(cls, store: Path, wanted: str, max_fpr: float = 0.01, threads: int | None = None) -> LocalGate:
+        """Load and check `wanted` (`name` or `name/version`) from a store; raises as the class does."""
+        return cls(load_bundle(resolve(store, wanted)), max_fpr, threads)
+
+    def decode(self, data: bytes, limits: Limits | None = None) -> NDArray[np.uint8]:
+        """An encoded image as the graph wants it, uint8 [H, W, 3]; ImageError where it is refused."""
+        return decode(data, self.manifest.pixels, limits)
+
+    def judge(self, pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[Judged]:
+        """Answer for N decoded pictures, each uint8 [H, W, 3], in one forward."""
+        if len(pictures) == 0:
+            return []
+        return judge_outputs(self._session.run(np.stack(list(pictures))), self.manifest, self.max_fpr)
+
+
+def _providers(provider: Literal["cpu", "cuda"], allow_fallback: bool) -> tuple[str, ...]:
+    """What to ask ONNX Runtime for. It falls back silently, so what it cannot do is refused here."""
+    wanted, cpu = _PROVIDERS[provider], _PROVIDERS["cpu"]
+    if wanted not in ort.get_available_providers():
+        if not allow_fallback:
+            raise ProviderError(_cannot(provider))
+        wanted = cpu
+    return (wanted,) if wanted == cpu else (wanted, cpu)
+
+
+def _cannot(provider: str) -> str:
+    return (
+        f"provider {provider!r} cannot be had here (for cuda: the package onnxruntime-gpu, its CUDA libraries and a "
+        "device); choose provider cpu, or set allow_fallback to be served by the CPU instead"
+    )
