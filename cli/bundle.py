@@ -1,0 +1,153 @@
+"""`twogate bundle list|show|verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import Store, store_folder
+
+if TYPE_CHECKING:
+    from model_store.manifest import Manifest
+
+app = typer.Typer(
+    rich_markup_mode="markdown", no_args_is_help=True, help="Look at the bundles in a store, and check them."
+)
+
+Wanted = Annotated[
+    str, typer.Argument(metavar="BUNDLE", help="NAME (its newest version), NAME/VERSION, or the path of a bundle.")
+]
+
+
+@app.command("list")
+def list_(store: Store = None) -> None:
+    """List the bundles of a store, one line a version."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from model_store.errors import BundleError
+    from model_store.store import names, versions
+
+    folder = store_folder(store)
+    table = Table("bundle", "version", "created", "dim", "detector", "size", box=None, pad_edge=False)
+    damaged = False
+    for name in names(folder):
+        for version in versions(folder, name):
+            path = folder / name / str(version)
+            try:
+                manifest = _manifest(path)
+            except BundleError as error:
+                damaged = True
+                table.add_row(name, str(version), f"damaged: {error}")
+                continue
+            created = manifest.created.strftime("%Y-%m-%d %H:%M")
+            dim, detector = str(manifest.embedding_dim), manifest.detector.name
+            table.add_row(name, str(version), created, dim, detector, _size(path))
+    if table.row_count:
+        Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    else:
+        typer.echo(f"there is no bundle in {folder}", err=True)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    wanted: Wanted,
+    store: Store = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The manifest as JSON, without golden vector and calibration scores.")
+    ] = False,
+) -> None:
+    """Say what a bundle is: its input, its branches, its detector, what false-positive rates it supports.
+
+    - `twogate bundle show photos`
+
+    - `twogate bundle show photos/1 --json | jq .provenance`
+    """
+    path = _path(wanted, store)
+    manifest = _manifest(path)
+    if as_json:
+        typer.echo(manifest.model_dump_json(indent=2, exclude={"golden": True, "calibration": {"scores"}}))
+    else:
+        typer.echo(_summary(path, manifest))
+
+
+@app.command()
+def verify(wanted: Wanted, store: Store = None) -> None:
+    """Check a bundle: schema, digest, the hash of every file, strangers, the graph, and what it answers.
+
+    Exit code 1 with the file and the reason where a check fails.
+
+    - `twogate bundle verify photos/1`
+    """
+    from model_store.bundle import verify_bundle
+
+    path = _path(wanted, store)
+    for check in verify_bundle(path):
+        typer.echo(f"ok  {check}")
+    manifest = _manifest(path)
+    typer.echo(f"{manifest.name}/{manifest.version} is sound")
+
+
+def _path(wanted: str, store: Path | None) -> Path:
+    """The folder of a bundle that was named, or whose path was given."""
+    from model_store.manifest import MANIFEST_FILE
+    from model_store.store import resolve
+
+    path = Path(wanted).expanduser()
+    if wanted.startswith((".", "/", "~")) or (store is None and (path / MANIFEST_FILE).is_file()):
+        return path
+    return resolve(store_folder(store), wanted)
+
+
+def _manifest(path: Path) -> Manifest:
+    from model_store.errors import BundleError
+    from model_store.manifest import MANIFEST_FILE, parse_manifest
+
+    try:
+        data = (path / MANIFEST_FILE).read_bytes()
+    except OSError as error:
+        raise BundleError(MANIFEST_FILE, f"cannot be read ({error.strerror})") from None
+    return parse_manifest(data)
+
+
+def _size(path: Path) -> str:
+    total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return f"{total / 2**20:.1f} MiB" if total >= 2**20 else f"{total / 2**10:.0f} KiB"
+
+
+def _summary(path: Path, manifest: Manifest) -> str:
+    import numpy as np
+
+    rule, calibration = manifest.pixels, manifest.calibration
+    scores = np.asarray(calibration.scores)
+    lines = [
+        f"{manifest.name}/{manifest.version}, created {manifest.created:%Y-%m-%d %H:%M}, {_size(path)}",
+        f"digest      {manifest.digest}",
+        f"input       {rule.width} x {rule.height} pixels, {rule.resample}",
+        f"embedding   {manifest.embedding_dim} numbers, unit length",
+        "branches",
+    ]
+    for branch in manifest.branches:
+        lines.append(f"  {branch.name:<12} {branch.role:<9} {branch.embedding_dim:>5}  {branch.description}")
+    lines += [
+        f"detector    {manifest.detector.name}: {manifest.detector.description}",
+        f"calibrated  on {calibration.n} clean images ({calibration.source})",
+        "  budget (max_fpr)  flags scores",
+    ]
+    for budget in (0.001, 0.01, 0.05):
+        # p <= budget while at most this many clean images are as suspicious.
+        allowed = int(budget * (calibration.n + 1) + 1e-9) - 1
+        threshold = f"above {scores[-1 - allowed]:.4g}" if allowed >= 0 else "too few clean images"
+        lines.append(f"  {budget:<17g} {threshold}")
+    lines.append("provenance")
+    lines += [f"  {key}: {_short(value)}" for key, value in manifest.provenance.items()]
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else text[:97] + "..."

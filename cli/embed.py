@@ -1,0 +1,136 @@
+"""`twogate embed`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.extras import needs
+from cli.options import Store, store_folder
+
+if TYPE_CHECKING:
+    from cli.rows import Row
+
+STDOUT = Path("-")
+
+
+def embed(
+    paths: Annotated[list[Path], typer.Argument(exists=True, help="Images, or folders of images.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Parquet file to write; - prints JSON lines.",
+            show_default="for files -, for a folder FOLDER.parquet here",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output file if there is one.")] = False,
+    bundle: Annotated[
+        str | None,
+        typer.Option(envvar="TWOGATE_BUNDLE", help="NAME (its newest version) or NAME/VERSION.", show_default="photos"),
+    ] = None,
+    store: Store = None,
+    max_fpr: Annotated[
+        float, typer.Option(envvar="TWOGATE_MAX_FPR", help="Share of clean images that may be flagged, 0 to 1.")
+    ] = 0.01,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Images in one forward.")] = 16,
+) -> None:
+    """Embed and judge images without a server.
+
+    - `twogate embed photo.jpg | jq .flagged`: one JSON line an image
+
+    - `twogate embed photos/`: all of a folder and below, into photos.parquet
+
+    - `twogate embed a/ b/ -o both.parquet`
+
+    An image that cannot be read is a row with an error and no answer; it stops nothing. Of a folder, every file is
+    a row, except hidden ones. The columns are path, embedding, p_value, score, flagged, error.
+
+    Exit codes: 0 at least one image was answered, 1 none was, 2 the command was not understood.
+    """
+    if output is None:
+        output = _default_output(paths)
+    if output != STDOUT:
+        _check(output, overwrite)
+        with needs("batch"):
+            from cli.table import writing
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from cli.rows import find, rows
+    from model_store.store import DEFAULT_BUNDLE
+    from service.engine.local import LocalGate
+
+    gate = LocalGate.open(store_folder(store), bundle or DEFAULT_BUNDLE, max_fpr)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    total = sum(1 for _ in find(paths, output))
+    counts = {"answered": 0, "flagged": 0, "broken": 0}
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with ExitStack() as stack:
+        put: Callable[[Row], None] = _print if output == STDOUT else stack.enter_context(writing(output, gate)).append
+        stack.enter_context(bar)
+        task = bar.add_task(f"embedding with {gate.label}", total=total)
+        for row in rows(gate, find(paths, output), batch=batch, threads=gate.threads):
+            put(row)
+            counts["broken" if row.judged is None else "answered"] += 1
+            counts["flagged"] += row.judged is not None and row.judged.verdict.flagged
+            bar.advance(task)
+    if output != STDOUT:
+        answered, flagged, broken = counts["answered"], counts["flagged"], counts["broken"]
+        console.print(f"{output}: {answered} images answered, {flagged} of them flagged; {broken} without an answer")
+    if not counts["answered"]:
+        raise typer.Exit(1)
+
+
+def _default_output(paths: list[Path]) -> Path:
+    folders = [path for path in paths if path.is_dir()]
+    if not folders:
+        return STDOUT
+    name = folders[0].resolve().name if len(paths) == 1 else ""
+    return Path(f"{name or 'embeddings'}.parquet")
+
+
+def _check(output: Path, overwrite: bool) -> None:
+    """Refuse an output that could not be written, before an hour of work and not after."""
+    if output.suffix != ".parquet":
+        raise typer.BadParameter(f"{output} must end in .parquet", param_hint="--output")
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+    if output.exists() and not overwrite:
+        raise typer.BadParameter(f"{output} exists; --overwrite replaces it", param_hint="--output")
+
+
+def _print(row: Row) -> None:
+    """One JSON line; a float32 needs nine digits to be read back exactly."""
+    judged = row.judged
+    line = {
+        "path": row.path,
+        "embedding": None if judged is None else [float(f"{value:.9g}") for value in judged.embedding.tolist()],
+        "p_value": None if judged is None else judged.verdict.p_value,
+        "score": None if judged is None else float(f"{judged.verdict.score:.9g}"),
+        "flagged": None if judged is None else judged.verdict.flagged,
+        "error": row.error,
+    }
+    typer.echo(json.dumps(line))

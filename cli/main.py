@@ -1,0 +1,69 @@
+"""The command `twogate`. Commands import what they need inside: `serve` never sees torch, and `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli import bundle, embed, harden, serve
+from model_store.errors import TwogateError
+
+
+class _Group(TyperGroup):
+    """A group of commands whose expected errors are one line on stderr and exit code 1, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except TwogateError as error:
+            typer.echo(f"twogate: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="twogate",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve.serve)
+app.command("embed")(embed.embed)
+app.command("harden")(harden.harden)
+app.add_typer(bundle.app, name="bundle")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"twogate {version('twogate')}")
+        except PackageNotFoundError:
+            typer.echo("twogate, run from a checkout that is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def twogate(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Image embeddings that survive attack, with a verdict on every image: is this one an adversarial example?
+
+    - `twogate serve` answers on http://127.0.0.1:8000
+
+    - `twogate embed photo.jpg` prints embedding and verdict of one image, no server needed
+
+    - `twogate embed photos/` writes those of a whole folder into a Parquet file
+
+    - `twogate harden recipe.yaml --data images/ --store bundles/` makes a bundle of your own
+
+    Exit codes: 0 it worked, 1 it did not (the reason is on stderr), 2 the command was not understood.
+    """

@@ -1,0 +1,101 @@
+"""From paths to answers without a server: find, read, decode in threads, judge in batches, in order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_store.errors import ImageError, ImageTooLarge
+from service.engine.local import LocalGate
+from service.engine.verdict import BrokenOutput, Judged
+
+MAX_FILE_BYTES = 100 * 2**20
+"""A larger file is a row with an error: it is no photograph, and reading it would take its size in memory."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image's answer, or why there is none."""
+
+    path: str
+    judged: Judged | None
+    error: str | None
+
+
+def find(paths: Iterable[Path], leave_out: Path | None = None) -> Iterator[Path]:
+    """The files that are meant: each file, and of each folder all files in it and below, sorted; hidden ones are not.
+
+    Links to folders are not followed. `leave_out` is one file, the output, that is never meant.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        for folder, below, files in os.walk(path):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for name in sorted(files):
+                file = Path(folder, name)
+                if not name.startswith(".") and file.is_file() and file != leave_out:
+                    yield file
+
+
+def rows(gate: LocalGate, paths: Iterable[Path], *, batch: int, threads: int) -> Iterator[Row]:
+    """Judge the files, `batch` in one forward; as many rows as paths, in their order.
+
+    Reads no further ahead than two batches, so that any number of files fits into memory.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="twogate-decode") as pool:
+        ahead: deque[tuple[str, Future[NDArray[np.uint8] | str]]] = deque()
+        for path in paths:
+            ahead.append((_text(path), pool.submit(_picture, gate, path)))
+            if len(ahead) >= 2 * batch:
+                yield from _judge(gate, [ahead.popleft() for _ in range(batch)])
+        while ahead:
+            yield from _judge(gate, [ahead.popleft() for _ in range(min(batch, len(ahead)))])
+
+
+def _picture(gate: LocalGate, path: Path) -> NDArray[np.uint8] | str:
+    """The decoded picture, or why there is none."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ImageTooLarge("the file's size in bytes", MAX_FILE_BYTES, path.stat().st_size)
+        return gate.decode(data)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except ImageError as error:
+        return str(error)
+
+
+def _judge(gate: LocalGate, batch: list[tuple[str, Future[NDArray[np.uint8] | str]]]) -> Iterator[Row]:
+    decoded = [(path, waiting.result()) for path, waiting in batch]
+    answers = iter(_answers(gate, [picture for _, picture in decoded if not isinstance(picture, str)]))
+    for path, picture in decoded:
+        answer = picture if isinstance(picture, str) else next(answers)
+        if isinstance(answer, str):
+            yield Row(path, None, answer)
+        else:
+            yield Row(path, answer, None)
+
+
+def _answers(gate: LocalGate, pictures: list[NDArray[np.uint8]]) -> list[Judged | str]:
+    """One answer a picture; one that breaks the graph's arithmetic hurts none of its neighbours."""
+    try:
+        return list(gate.judge(pictures))
+    except BrokenOutput as error:
+        if len(pictures) == 1:
+            return [str(error)]
+        return [answer for picture in pictures for answer in _answers(gate, [picture])]
+
+
+def _text(path: Path) -> str:
+    """The path as text, whatever bytes the name is made of."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
