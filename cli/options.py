@@ -11,7 +11,7 @@ Store = Annotated[
     Path | None,
     typer.Option(
         envvar="TWOGATE_STORE",
-        help="Folder of bundles, <store>/<name>/<version>/.",
+        help="Folder of bundles, `<store>/<name>/<version>/`.",
         show_default="the store that comes with Twogate",
         file_okay=False,
     ),

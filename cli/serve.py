@@ -29,7 +29,7 @@ def serve(
     store: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of bundles, <store>/<name>/<version>/.", show_default="the store that comes with Twogate"
+            help="Folder of bundles, `<store>/<name>/<version>/`.", show_default="the store that comes with Twogate"
         ),
     ] = None,
     bundle: Annotated[
