@@ -11,7 +11,9 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<parent>[0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+_TRACEPARENT = re.compile(
+    r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<parent>[0-9a-f]{16})-[0-9a-f]{2}(?P<more>-.*)?"
+)
 
 
 _KEY = "twogate.notes"
@@ -38,11 +40,13 @@ def identify(scope: Scope) -> Identity:
     given = headers.get("x-request-id", "")
     request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     found = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
-    sound = found and found["trace"].strip("0") and found["parent"].strip("0")
-    # Version 00 has exactly four fields; later ones may add some.
-    if sound and found and headers["traceparent"].startswith("00") and found.group(4):
-        sound = None
-    return Identity(request_id, found["trace"] if sound and found else None)
+    return Identity(request_id, found["trace"] if found and _sound(found) else None)
+
+
+def _sound(traceparent: re.Match[str]) -> bool:
+    """What the pattern cannot say: ids are not all zero, and version 00 has exactly four fields."""
+    zero = not traceparent["trace"].strip("0") or not traceparent["parent"].strip("0")
+    return not zero and (traceparent["version"] != "00" or traceparent["more"] is None)
 
 
 @dataclass

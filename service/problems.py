@@ -20,7 +20,8 @@
     ├── ModelUnavailable      model-unavailable      503  the bundle was refused
     └── DeadlineExceeded      deadline-exceeded      504  not computed: the request's time was over
 
-One type has one status. Members beside RFC 9457's: `index` is the guilty image (from 0), `limit` and `actual` are
+One type has one status. Members beside RFC 9457's: `error` repeats type and detail in the place where OpenAI's clients
+look for them (they show nothing else to their users), `index` is the guilty image (from 0), `limit` and `actual` are
 numbers in the unit that `detail` names, `accepted` and `detected` are media types. No message quotes a library, names a
 path of this machine or repeats what the client sent in bulk.
 """
@@ -55,6 +56,7 @@ class Problem(errors.TwogateError):
             "title": self.title,
             "status": self.status,
             "detail": self.detail,
+            "error": {"message": self.detail, "type": self.name, "code": self.name, "param": None},
         }
         if instance:
             base["instance"] = instance

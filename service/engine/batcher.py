@@ -158,32 +158,34 @@ class Batcher:
         for item in batch:
             self._telemetry.queue_wait_seconds.observe(now - item.queued)
         try:
-            self._give(batch, await self._run(batch))
+            answers = await self._run(batch)
         except Exception:
             logger.exception("a forward of %d images failed", len(batch))
-            if len(batch) == 1:
-                self._fail(batch, InternalError)
-                self.failing = True
-            else:
+            if len(batch) > 1:
                 await self._answer_singly(batch)
+            else:
+                self.failing = True
+                self._fail(batch, InternalError)
         else:
             self.failing = False
+            self._give(batch, answers)
 
     async def _answer_singly(self, batch: list[_Item]) -> None:
         """After a failed batch: only whoever fails alone is guilty."""
-        tried = answered = 0
+        answered = False
         for item in batch:
             if not item.alive():
                 continue
-            tried += 1
             try:
-                self._give([item], await self._run([item]))
-                answered += 1
+                answers = await self._run([item])
             except Exception:
                 logger.exception("a forward of 1 image failed")
+                self.failing = not answered
                 self._fail([item], InternalError)
-        if tried:
-            self.failing = answered == 0
+            else:
+                answered = True
+                self.failing = False
+                self._give([item], answers)
 
     async def _run(self, batch: list[_Item]) -> list[Judged]:
         pictures = [item.picture for item in batch]
