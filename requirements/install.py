@@ -10,9 +10,7 @@ import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - an older one runs this file, to be told so
     found = ".".join(map(str, sys.version_info[:2]))
-    sys.exit(
-        f"twogate: {sys.executable} is Python {found}, 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."
-    )
+    sys.exit(f"twogate: {sys.executable} is Python {found}, but 3.11 or newer is needed: make PYTHON=python3.12 ...")
 
 import fcntl
 import hashlib
