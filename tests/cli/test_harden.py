@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Process, Twogate
+
+Calls = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What the pipeline would have been asked for."""
+    calls: Calls = []
+    pipeline = ModuleType("hardening.pipeline")
+    pipeline.harden = lambda *arguments: calls.append(arguments)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hardening.pipeline", pipeline)
+    return calls
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("name: x\n")
+    return file
+
+
+def test_arguments_reach_the_pipeline(twogate: Twogate, calls: Calls, recipe: Path, tmp_path: Path) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    given = ["--data", tmp_path, "--store", store]
+    assert twogate("harden", recipe, *given, "--run", run, "--device", "cpu").exit_code == 0
+    assert twogate("harden", recipe, *given, "--device", "cuda:1").exit_code == 0
+    assert calls == [(recipe, tmp_path, store, run, "cpu"), (recipe, tmp_path, store, None, "cuda:1")]
+
+
+def test_the_device_is_chosen_by_what_there_is(
+    twogate: Twogate, calls: Calls, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        twogate("harden", recipe, "--data", tmp_path, "--store", tmp_path)
+    assert [call[-1] for call in calls] == ["cpu", "cuda"]
+
+
+def test_without_torch_the_extra_is_named(
+    twogate: Twogate, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = twogate("harden", recipe, "--data", tmp_path, "--store", tmp_path)
+    assert result.exit_code == 1
+    assert "torch" in result.stderr
+    assert "twogate[harden]" in result.stderr
+
+
+def test_stopped_by_hand_it_says_how_to_go_on(
+    twogate: Twogate, calls: Calls, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["hardening.pipeline"], "harden", stop)
+    result = twogate("harden", recipe, "--data", tmp_path, "--store", tmp_path)
+    assert result.exit_code == 130
+    assert "goes on where it stopped" in result.stderr
+
+
+def test_a_recipe_or_data_that_is_not_there_is_wrong_usage(process: Process, recipe: Path, tmp_path: Path) -> None:
+    assert process("harden", "nowhere.yaml", "--data", tmp_path, "--store", tmp_path).returncode == 2
+    result = process("harden", recipe, "--data", "nowhere", "--store", tmp_path)
+    assert result.returncode == 2
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+
+from cli.main import app
+from tests.cli.conftest import Process, Twogate
+from tests.conftest import REPOSITORY
+
+COMMANDS = ["serve", "embed", "harden", "bundle"]
+
+
+def test_version(twogate: Twogate) -> None:
+    result = twogate("--version")
+    assert result.exit_code == 0
+    try:
+        assert result.stdout == f"twogate {version('twogate')}\n"
+    except PackageNotFoundError:
+        assert "not installed" in result.stdout
+
+
+def test_help_names_every_command_and_the_exit_codes(twogate: Twogate) -> None:
+    result = twogate("--help")
+    assert result.exit_code == 0
+    for word in (*COMMANDS, "Exit codes"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [["serve"], ["embed"], ["harden"], ["bundle", "list"], ["bundle", "show"], ["bundle", "verify"]]
+)
+def test_every_command_has_help_that_teaches(twogate: Twogate, command: list[str]) -> None:
+    result = twogate(*command, "--help")
+    assert result.exit_code == 0
+    if command != ["bundle", "list"]:
+        assert f"twogate {' '.join(command)} " in result.stdout.split("Usage:")[1].partition("\n")[2], "no example"
+    assert "[bold]" not in result.stdout
+
+
+def test_no_command_and_an_unknown_command_are_wrong_usage(twogate: Twogate) -> None:
+    assert twogate().exit_code == 2
+    result = twogate("sevre")
+    assert result.exit_code == 2
+    assert "serve" in result.stderr
+
+
+def test_an_expected_error_is_one_line_and_no_traceback(process: Process) -> None:
+    result = process("bundle", "show", "missing", "--store", ".")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "twogate: missing: there is no bundle of this name; the store holds nothing\n"
+
+
+def loaded_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after this code."""
+    script = f"{code}\nimport sys\nprint(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return set(found.stdout.split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = {"numpy", "torch", "PIL", "onnxruntime", "pydantic", "fastapi", "pyarrow"}
+    assert not heavy & loaded_after("import cli.main")
+
+
+def test_serving_never_imports_the_training_side() -> None:
+    loaded = loaded_after("import cli.main, service.server, service.app")
+    assert not {"torch", "timm", "lightly", "sklearn", "pyarrow", "onnx"} & loaded
+    assert not [name for name in loaded if name.startswith("hardening")]
+
+
+def test_the_script_is_this_app() -> None:
+    import tomllib
+
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"twogate": "cli.main:app"}
+    assert callable(app)
