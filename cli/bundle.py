@@ -12,9 +12,7 @@ from cli.options import Store, store_folder
 if TYPE_CHECKING:
     from model_store.manifest import Manifest
 
-app = typer.Typer(
-    rich_markup_mode="markdown", no_args_is_help=True, help="Look at the bundles in a store, and check them."
-)
+app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, help="Look at the bundles in a store, and check them.")
 
 Wanted = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="NAME (its newest version), NAME/VERSION, or the path of a bundle.")

@@ -26,7 +26,7 @@ def harden(
         typer.Option(
             file_okay=False,
             help="Folder of this run; the same folder again goes on where it stopped.",
-            show_default="chosen by the recipe",
+            show_default="runs/NAME, the recipe's name",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -38,15 +38,13 @@ def harden(
     - `twogate serve --store bundles/ --bundle smoke`
 
     This takes minutes to hours. Stop it when you like: the same command goes on where it stopped. The bundle
-    appears in the store whole, at the end, or not at all.
+    appears in the store whole, at the end, or not at all; its folder is printed.
     """
     with needs("harden"):
-        import torch
         from hardening.pipeline import harden as harden_recipe
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        harden_recipe(recipe, data, store, run, device)
+        bundle = harden_recipe(recipe, data, store, run, device)
     except KeyboardInterrupt:
         typer.echo("twogate: stopped; the same command goes on where it stopped", err=True)
         raise typer.Exit(130) from None
+    typer.echo(bundle)

@@ -43,9 +43,7 @@ def serve(
         typer.Option(help="Answer with the verdict, or refuse the image with 422.", show_default="flag"),
     ] = None,
     provider: Annotated[Provider | None, typer.Option(help="Where the graph runs.", show_default="cpu")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Cores that one forward uses.", show_default="those it may use")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores that one forward uses.", show_default="those it may use")] = None,
     settings: Annotated[
         Path | None, typer.Option(help="TOML file with one key per setting.", show_default="TWOGATE_SETTINGS_FILE")
     ] = None,

@@ -125,9 +125,7 @@ def parse_manifest(data: bytes) -> Manifest:
         raise BundleError(MANIFEST_FILE, f"is not JSON ({error})") from None
     version = raw.get("schema_version") if isinstance(raw, Mapping) else None
     if version != SCHEMA_VERSION:
-        raise BundleError(
-            MANIFEST_FILE, f"schema version {version!r} is not the one this program reads ({SCHEMA_VERSION})"
-        )
+        raise BundleError(MANIFEST_FILE, f"schema version {version!r} is not the one this program reads ({SCHEMA_VERSION})")
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:

@@ -74,9 +74,7 @@ class PixelRule(BaseModel):
     width: int = Field(ge=8, le=1024, description="columns of the graph's input, pixels")
     resample: Literal["bilinear", "bicubic"] = "bilinear"
     background: tuple[int, int, int] = (255, 255, 255)
-    jpeg_dct_factor: int = Field(
-        default=2, ge=1, le=8, description="a JPEG is decoded at no less than this many input sizes"
-    )
+    jpeg_dct_factor: int = Field(default=2, ge=1, le=8, description="a JPEG is decoded at no less than this many input sizes")
 
 
 @dataclass(frozen=True, kw_only=True)

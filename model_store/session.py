@@ -37,9 +37,7 @@ class GateSession:
     CPU limit. BundleError where the graph cannot be loaded or is not the one that the manifest describes.
     """
 
-    def __init__(
-        self, bundle: Bundle, *, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    ) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -17,7 +17,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What the pipeline would have been asked for."""
     calls: Calls = []
     pipeline = ModuleType("hardening.pipeline")
-    pipeline.harden = lambda *arguments: calls.append(arguments)  # type: ignore[attr-defined]
+
+    def harden(*arguments: Any) -> Path:
+        calls.append(arguments)
+        return Path("store/x/1")
+
+    pipeline.harden = harden  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hardening.pipeline", pipeline)
     return calls
 
@@ -32,20 +37,10 @@ def recipe(tmp_path: Path) -> Path:
 def test_arguments_reach_the_pipeline(twogate: Twogate, calls: Calls, recipe: Path, tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     given = ["--data", tmp_path, "--store", store]
-    assert twogate("harden", recipe, *given, "--run", run, "--device", "cpu").exit_code == 0
-    assert twogate("harden", recipe, *given, "--device", "cuda:1").exit_code == 0
-    assert calls == [(recipe, tmp_path, store, run, "cpu"), (recipe, tmp_path, store, None, "cuda:1")]
-
-
-def test_the_device_is_chosen_by_what_there_is(
-    twogate: Twogate, calls: Calls, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    for available in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        twogate("harden", recipe, "--data", tmp_path, "--store", tmp_path)
-    assert [call[-1] for call in calls] == ["cpu", "cuda"]
+    result = twogate("harden", recipe, *given, "--run", run, "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (0, "store/x/1\n")
+    assert twogate("harden", recipe, *given).exit_code == 0
+    assert calls == [(recipe, tmp_path, store, run, "cpu"), (recipe, tmp_path, store, None, "auto")]
 
 
 def test_without_torch_the_extra_is_named(

@@ -76,9 +76,7 @@ def test_external_weights_are_found_wherever_a_tensor_can_be() -> None:
     )
     in_graphs = helper.make_node("Relu", ["x"], ["y"])
     in_graphs.attribute.append(
-        onnx.AttributeProto(
-            name="g", type=onnx.AttributeProto.GRAPHS, graphs=[onnx.GraphProto(initializer=[external()])]
-        )
+        onnx.AttributeProto(name="g", type=onnx.AttributeProto.GRAPHS, graphs=[onnx.GraphProto(initializer=[external()])])
     )
     sparse_model = model_of(ADD)
     sparse_model.graph.sparse_initializer.append(sparse)

@@ -36,9 +36,7 @@ def reason(data: bytes) -> str:
 def test_what_is_written_is_read_back(sealed: bytes) -> None:
     manifest = parse_manifest(sealed)
     assert manifest.sealed_bytes() == sealed
-    assert parse_manifest(resealed(sealed)) == manifest.model_copy(
-        update={"digest": json.loads(resealed(sealed))["digest"]}
-    )
+    assert parse_manifest(resealed(sealed)) == manifest.model_copy(update={"digest": json.loads(resealed(sealed))["digest"]})
 
 
 def test_the_digest_can_be_checked_without_this_program(sealed: bytes) -> None:

@@ -138,9 +138,7 @@ def test_an_orientation_that_does_not_exist_counts_as_upright(orientation: int) 
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = quadrants()
-    np.testing.assert_array_equal(
-        decode(encoded(picture, "PNG", exif=exif), RULE), decode(encoded(picture, "PNG"), RULE)
-    )
+    np.testing.assert_array_equal(decode(encoded(picture, "PNG", exif=exif), RULE), decode(encoded(picture, "PNG"), RULE))
 
 
 def test_a_broken_exif_block_counts_as_upright() -> None:

@@ -52,9 +52,7 @@ def make_tiny_bundle(
     run = _runner(graph)
     clean = smooth_images(calibration_n, size, seed=seed + 1)
     scores = np.concatenate([run(clean[start : start + 256])[2] for start in range(0, len(clean), 256)])
-    golden = np.concatenate(
-        [smooth_images(golden_images - 1, size, seed=seed + 2), noisy_images(1, size, seed=seed + 3)]
-    )
+    golden = np.concatenate([smooth_images(golden_images - 1, size, seed=seed + 2), noisy_images(1, size, seed=seed + 3)])
     embedding, confidence, score = run(golden)
     table = tuple(np.sort(scores.astype(float)).tolist())
     manifest = Manifest(
