@@ -46,6 +46,7 @@ def test_arguments_reach_the_pipeline(twogate: Twogate, calls: Calls, recipe: Pa
 def test_without_torch_the_extra_is_named(
     twogate: Twogate, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delitem(sys.modules, "hardening.pipeline", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     result = twogate("harden", recipe, "--data", tmp_path, "--store", tmp_path)
     assert result.exit_code == 1
