@@ -98,9 +98,9 @@ class _Server(uvicorn.Server):
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket. Not left to uvicorn, whose message for a port in use is a log record and exit code 3."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise CannotListen(f"cannot listen on {host}: {error.strerror}") from None

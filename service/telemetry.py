@@ -23,9 +23,7 @@ class Telemetry:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.images_in_flight = Gauge(
-            "twogate_images_in_flight", "Images admitted, not yet answered", registry=registry
-        )
+        self.images_in_flight = Gauge("twogate_images_in_flight", "Images admitted, not yet answered", registry=registry)
         self.body_bytes_in_flight = Gauge(
             "twogate_body_bytes_in_flight", "Body bytes held by all requests", registry=registry
         )
@@ -39,9 +37,7 @@ class Telemetry:
         self.batch_images = Histogram(
             "twogate_batch_images", "Images in one forward", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
         )
-        self.inference_seconds = Histogram(
-            "twogate_inference_seconds", "One forward", buckets=_SECONDS, registry=registry
-        )
+        self.inference_seconds = Histogram("twogate_inference_seconds", "One forward", buckets=_SECONDS, registry=registry)
         self.forward_failures = Counter("twogate_forward_failures", "Forwards that failed", registry=registry)
         self.batcher_restarts = Counter(
             "twogate_batcher_restarts", "Times the batcher had to be restarted", registry=registry

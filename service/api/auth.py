@@ -14,9 +14,7 @@ from service.problems import Unauthorized
 _bearer = HTTPBearer(auto_error=False, description="Needed only where the operator set api_keys.")
 
 
-async def require_key(
-    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-) -> None:
+async def require_key(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
     """Raise Unauthorized unless the request has one of the operator's keys, or there are none.
 
     Every key is compared in full, so that the time taken says nothing about how much of a guess was right.

@@ -13,9 +13,7 @@ from service.problems import NotFound, all_problems
 
 router = APIRouter(include_in_schema=False)
 
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'"
-}
+_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'"}
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1c2330;background:#fff}
 code,pre{font:14px/1.45 ui-monospace,monospace}pre{background:#f3f5f8;padding:.8rem;overflow:auto;border-radius:6px}
@@ -86,9 +84,7 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
         )
         for media_type, content in operation.get("requestBody", {}).get("content", {}).items()
     )
-    answers = ", ".join(
-        f"{status} {escape(response['description'])}" for status, response in operation["responses"].items()
-    )
+    answers = ", ".join(f"{status} {escape(response['description'])}" for status, response in operation["responses"].items())
     return (
         f"<h2><code>{method.upper()} {escape(path)}</code> {escape(operation.get('summary', ''))}</h2>"
         f"<p>{escape(operation.get('description', ''))}</p>"

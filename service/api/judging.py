@@ -87,9 +87,7 @@ def _reject_flagged(judged: list[Judged]) -> None:
             index=flagged[0],
             p_value=first.p_value,
             detector=first.detector,
-            verdicts=[
-                {"index": index, "dae": Dae.of(answer.verdict).model_dump()} for index, answer in enumerate(judged)
-            ],
+            verdicts=[{"index": index, "dae": Dae.of(answer.verdict).model_dump()} for index, answer in enumerate(judged)],
         )
 
 

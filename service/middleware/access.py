@@ -71,7 +71,10 @@ class AccessMiddleware:
             self._telemetry.request_seconds.labels(route).observe(seconds)
             if notes.problem:
                 self._telemetry.rejects.labels(notes.problem).inc()
-            logger.info(
+            # Probes come every few seconds, and say nothing that the metrics do not.
+            probe = route == "/metrics" or route.startswith("/health/")
+            logger.log(
+                logging.DEBUG if probe else logging.INFO,
                 json.dumps(
                     {
                         "request_id": notes.identity.request_id,
@@ -84,5 +87,5 @@ class AccessMiddleware:
                         "images": notes.images,
                         "problem": notes.problem,
                     }
-                )
+                ),
             )

@@ -83,9 +83,7 @@ class _Body:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            raise BodyTimeout(
-                f"the body must arrive within {self._seconds:g} s", headers={"Connection": "close"}
-            ) from None
+            raise BodyTimeout(f"the body must arrive within {self._seconds:g} s", headers={"Connection": "close"}) from None
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             if self.size + size > self._limit:
