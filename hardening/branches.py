@@ -1,0 +1,108 @@
+"""The two gates: MPAE (victim and auxiliary, adversarially tuned) and BMP (clean local data only), and their fusion."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegressionCV
+from torch import Tensor
+from torch.nn import functional as F
+
+MPAE = ("mpae_victim", "mpae_auxiliary")
+BMP = "bmp"
+BRANCHES = (*MPAE, BMP)
+TRIPWIRE = "tripwire"
+RFDM_K = 3.0
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Mean and scale [d] of an encoder's features on clean images, so that encoders can be compared."""
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Standard:
+        """From features [N, d]; a channel that hardly moves is not blown up."""
+        scale = features.std(dim=0)
+        return cls(features.mean(dim=0), scale.clamp_min(0.1 * scale.mean()).clamp_min(1e-6))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[N, d] -> [N, d]."""
+        return (features - self.mean) / self.scale
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier on an encoder's features: logits [N, C] = standard(features) @ weight.T + bias."""
+
+    standard: Standard
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[N, d] -> logits [N, C]."""
+        return self.standard(features) @ self.weight.T + self.bias
+
+
+def train_head(features: Tensor, labels: NDArray[np.int64]) -> Head:
+    """Fit a head on frozen features [N, d] of clean images with labels [N] in 0..C-1.
+
+    Multinomial logistic regression with the penalty chosen by cross-validation, instead of the paper's three-layer
+    network (methods, 0.4): convex, repeatable, and small enough for a bundle.
+    """
+    standard = Standard.of(features)
+    model = LogisticRegressionCV(
+        Cs=[1e-4, 1e-3, 1e-2, 1e-1, 1.0],
+        cv=3,
+        scoring="neg_log_loss",
+        max_iter=300,
+        l1_ratios=(0,),
+        use_legacy_attributes=False,
+    )
+    model.fit(standard(features).numpy(), labels)
+    weight, bias = model.coef_, model.intercept_
+    if len(model.classes_) == 2:  # scikit-learn keeps one row of weights for two classes
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return Head(standard, torch.as_tensor(weight, dtype=torch.float32), torch.as_tensor(bias, dtype=torch.float32))
+
+
+def rfdm_weights(logits: Tensor, k: float = RFDM_K) -> Tensor:
+    """Robust federal decision (ZePAD section 3; its code, utils/confidence.py): logits [N, B, C] -> weights [N, B].
+
+    c = m exp(k (m - 1/2)) with m the largest softmax probability of each branch; scaled to sum to 1.
+    """
+    m = logits.softmax(dim=-1).amax(dim=-1)
+    c = m * torch.exp(k * (m - 0.5))
+    return c / c.sum(dim=1, keepdim=True)
+
+
+def fuse(logits: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of raw logits [N, B, C] by [N, B] -> [N, C]."""
+    return (weights[..., None] * logits).sum(dim=1)
+
+
+def guard(weights: Tensor, confidence: Tensor, floor: float = 0.1) -> Tensor:
+    """Take the vote from a branch that its own evidence speaks against.
+
+    Confidence-weighted fusion hands the vote to whichever branch was broken into certainty; here each weight [N, B] is
+    multiplied by the branch's conformal p-value [N, B], clamped at `floor`, and scaled to sum to 1 again.
+    """
+    guarded = weights * (confidence / floor).clamp(max=1.0).clamp_min(1e-6)
+    scaled: Tensor = guarded / guarded.sum(dim=1, keepdim=True)
+    return scaled
+
+
+def embed(features: list[Tensor], centres: list[Tensor]) -> Tensor:
+    """The returned embedding [N, sum of d]: unit-length centred branch features side by side, scaled to unit length.
+
+    The weights are fixed, not per image: stored vectors must stay comparable, and an attacker must not steer the metric.
+    Features after a ReLU all point into nearly the same direction, so each branch's mean on clean images is taken off.
+    """
+    parts = [F.normalize(f - c, dim=1) for f, c in zip(features, centres, strict=True)]
+    return torch.cat(parts, dim=1) / math.sqrt(len(parts))

@@ -1,0 +1,211 @@
+"""Images in folders to arrays of pixels, and which image is used for what.
+
+Every image goes through `model_store.pixels`, the very module that the service uses, once; what is trained on, calibrated
+on and evaluated on are the tensors that a bundle will see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardening.files import write_atomically
+from hardening.progress import Bars
+from hardening.recipe import RecipeError, Splits
+from model_store.errors import ImageError, TwogateError
+from model_store.pixels import PixelRule, decode
+
+UNLABELLED = -1
+SPLITS = ("public", "local", "validation", "fit", "calibration", "test")
+_TEST_SHARE = 0.2
+_MIN_PER_SPLIT = {"local": 16, "validation": 8, "fit": 16, "calibration": 19, "test": 16}
+
+
+class DataError(TwogateError):
+    """The data folder is not what a run needs."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All images of a run, decoded by the pixel rule, and the split of each."""
+
+    images: NDArray[np.uint8]
+    """[N, H, W, 3], RGB; a read-only memory map."""
+    labels: NDArray[np.int64]
+    """[N]; class index, or -1 where the image has no label."""
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    """Relative to the data folder."""
+    splits: dict[str, NDArray[np.int64]]
+    """Name -> indices into the arrays."""
+    skipped: tuple[tuple[str, str], ...]
+    """(path, reason) of files that are no usable image."""
+    digest: str
+    """sha256 over the bytes of all files used, in order."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image outside `calibration` has a class."""
+        return len(self.classes) > 1
+
+    def take(self, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """(images [n, H, W, 3], labels [n]) of a split, in memory."""
+        indices = self.splits[split]
+        return self.images[indices], self.labels[indices]
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest and the card say about the data."""
+        return {
+            "images": len(self.paths),
+            "classes": list(self.classes),
+            "splits": {name: len(indices) for name, indices in self.splits.items()},
+            "skipped": len(self.skipped),
+            "sha256": self.digest,
+        }
+
+
+def prepare(root: Path, rule: PixelRule, splits: Splits, seed: int, into: Path, bars: Bars) -> Dataset:
+    """Decode all images below `root` into `into` and draw the splits; what is already there is loaded.
+
+    `root` holds `train/<class>/*` and `test/<class>/*`, or flat folders without classes (`train/*`, `test/*`, or images
+    right in `root`); an optional `calibration/` holds clean images of the deployment's domain, labelled or not. Without
+    `test/`, a fifth of the images is set aside. DataError says what is missing.
+    """
+    groups, classes = _scan(root)
+    listing = hashlib.sha256(json.dumps([(g, p, (root / p).stat().st_size) for g, p, _ in groups]).encode()).hexdigest()
+    index_file, array_file = into / "index.json", into / "images.npy"
+    if index_file.exists():
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        if index["listing"] != listing:
+            raise DataError(f"the files in {root} are not those that this run began with; start a new run directory")
+    else:
+        into.mkdir(parents=True, exist_ok=True)
+        index = _decode_all(root, groups, rule, array_file, bars)
+        index["listing"] = listing
+        index["classes"] = classes
+        index["splits"] = _draw(index["groups"], index["labels"], splits, seed)
+        write_atomically(index_file, json.dumps(index).encode())
+    chosen = {name: np.asarray(index["splits"][name], dtype=np.int64) for name in SPLITS}
+    for name, least in _MIN_PER_SPLIT.items():
+        if len(chosen[name]) < least:
+            raise DataError(f"the split `{name}` has {len(chosen[name])} images and needs {least}: bring more images")
+    return Dataset(
+        images=np.load(array_file, mmap_mode="r"),
+        labels=np.asarray(index["labels"], dtype=np.int64),
+        classes=tuple(index["classes"]),
+        paths=tuple(index["paths"]),
+        splits=chosen,
+        skipped=tuple((path, reason) for path, reason in index["skipped"]),
+        digest=index["digest"],
+    )
+
+
+def batches(count: int, size: int, order: NDArray[np.int64] | None = None) -> Iterator[NDArray[np.int64]]:
+    """Index arrays of at most `size` that cover 0..count-1, in the given order."""
+    order = np.arange(count) if order is None else order
+    for start in range(0, count, size):
+        yield order[start : start + size]
+
+
+def _scan(root: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
+    """(group, relative path, label) of every file, and the class names."""
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}")
+
+    def files(folder: Path) -> list[Path]:
+        return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+    if not (root / "train").is_dir():
+        found = [("train", str(p.relative_to(root)), UNLABELLED) for p in sorted(root.iterdir()) if p.is_file()]
+        if not found:
+            raise DataError(f"{root} holds neither train/<class>/*, nor train/*, nor images")
+        return found, []
+    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+    if len(classes) < 2:
+        classes = []
+    found = []
+    for group in ("train", "test", "calibration"):
+        for file in files(root / group) if (root / group).is_dir() else []:
+            path = file.relative_to(root)
+            folder = path.parts[1] if len(path.parts) > 2 else ""
+            label = classes.index(folder) if folder in classes else UNLABELLED
+            if group != "calibration" and classes and label == UNLABELLED:
+                raise DataError(f"{path}: train/ has the classes {', '.join(classes)}; this file is in none of them")
+            found.append((group, str(path), label))
+    if not any(group == "train" for group, _, _ in found):
+        raise DataError(f"{root / 'train'} holds no files")
+    return found, classes
+
+
+def _decode_all(
+    root: Path, groups: Sequence[tuple[str, str, int]], rule: PixelRule, target: Path, bars: Bars
+) -> dict[str, Any]:
+    def one(path: str) -> tuple[str, NDArray[np.uint8] | str]:
+        data = (root / path).read_bytes()
+        try:
+            return hashlib.sha256(data).hexdigest(), decode(data, rule)
+        except ImageError as error:
+            return "", str(error)
+
+    partial = target.with_suffix(".partial.npy")
+    array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(groups), rule.height, rule.width, 3))
+    total = hashlib.sha256()
+    kept: list[tuple[str, str, int]] = []
+    skipped: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool, bars.task("decode images", len(groups)) as task:
+        for (group, path, label), (digest, result) in zip(groups, pool.map(one, [g[1] for g in groups]), strict=True):
+            if isinstance(result, str):
+                skipped.append((path, result))
+            else:
+                array[len(kept)] = result
+                total.update(digest.encode())
+                kept.append((group, path, label))
+            task.advance()
+    array.flush()
+    if len(skipped) > len(groups) / 10:
+        path, reason = skipped[0]
+        raise DataError(f"{len(skipped)} of {len(groups)} files are no usable images; the first is {path}: {reason}")
+    for path, reason in skipped:
+        bars.say(f"skipped {path}: {reason}")
+    partial.replace(target)
+    return {
+        "groups": [g for g, _, _ in kept],
+        "paths": [p for _, p, _ in kept],
+        "labels": [y for _, _, y in kept],
+        "skipped": skipped,
+        "digest": total.hexdigest(),
+    }
+
+
+def _draw(groups: Sequence[str], labels: Sequence[int], shares: Splits, seed: int) -> dict[str, list[int]]:
+    """Divide the images of each class among the splits, by the seed alone."""
+    rng = np.random.default_rng(seed)
+    group, label = np.asarray(groups), np.asarray(labels)
+    result: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for name in ("test", "calibration"):
+        result[name] = np.flatnonzero(group == name).tolist()
+    share = shares.model_dump()
+    if result["calibration"]:
+        share["calibration"] = 0.0
+    if not result["test"]:
+        share["test"] = _TEST_SHARE * sum(share.values()) / (1 - _TEST_SHARE)
+    names = [name for name in SPLITS if share.get(name)]
+    edges = np.cumsum([share[name] for name in names]) / sum(share[name] for name in names)
+    train = group == "train"
+    for value in np.unique(label[train]):
+        members = rng.permutation(np.flatnonzero(train & (label == value)))
+        bounds = np.round(edges * len(members)).astype(int)
+        for name, part in zip(names, np.split(members, bounds[:-1]), strict=True):
+            result[name].extend(part.tolist())
+    if not result["local"]:
+        raise RecipeError("splits.local leaves no images to tune on")
+    return {name: sorted(indices) for name, indices in result.items()}

