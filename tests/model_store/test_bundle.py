@@ -160,6 +160,17 @@ def test_branches_that_do_not_add_up_are_refused(bundle: Path) -> None:
         load_bundle(bundle)
 
 
+def test_a_graph_that_is_not_self_contained_is_refused_on_loading(tmp_path: Path) -> None:
+    elsewhere, odd = tiny_graph(), tiny_graph()
+    elsewhere.graph.initializer[0].external_data.add(key="location", value="weights.bin")
+    odd.graph.node[0].domain = "my.ops"
+    for graph, words in ((elsewhere, "another file"), (odd, "my.ops.Cast")):
+        bundle = make_tiny_bundle(tmp_path, model=graph.SerializeToString(), calibration_n=9)
+        with pytest.raises(BundleError, match=words) as refused:
+            load_bundle(bundle)
+        assert refused.value.file == MODEL_FILE
+
+
 def test_a_graph_of_another_size_is_refused(tmp_path: Path) -> None:
     other = make_tiny_bundle(tmp_path, model=tiny_graph(64).SerializeToString())
     loaded = load_bundle(other)  # every hash is right

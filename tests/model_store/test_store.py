@@ -157,5 +157,6 @@ def test_a_kill_while_publishing_leaves_no_version(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
     assert versions(tmp_path, "tiny") == []
     assert names(tmp_path) == []
+    assert [entry.name[0] for entry in (tmp_path / "tiny").iterdir()] == ["."]  # hidden from Triton, too
     # And the next publisher is not disturbed by what was left.
     assert make_tiny_bundle(tmp_path).name == "1"
