@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -256,7 +257,7 @@ def features(encoder: nn.Module, images: Any, batch_size: int = 256, device: str
 
 def as_input(images: Any, device: str = "cpu") -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [0, 1], in the memory format that convolutions like."""
-    tensor = torch.as_tensor(images).to(device)
-    # A permuted NHWC array IS channels-last.
+    # A copy: the arrays are read-only maps of a file. A permuted NHWC array IS channels-last.
+    tensor = torch.from_numpy(np.array(images)).to(device)
     pixels: Tensor = tensor.permute(0, 3, 1, 2).float().div(255)
     return pixels
