@@ -5,9 +5,9 @@ PYTHON ?= python3
 VENV := $(or $(TWOGATE_VENV),.venv)
 VENV_DEV := $(or $(TWOGATE_VENV_DEV),.venv-dev)
 COMPILE = $(VENV_DEV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	--no-emit-index-url --no-annotate --no-header requirements/build.in pyproject.toml
+	--no-emit-index-url --no-annotate --no-header pyproject.toml
 
-.PHONY: help serve test lint format types contract check requirements install install-dev
+.PHONY: help serve test lint format types contract image check requirements install install-dev
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 22
@@ -32,11 +32,14 @@ types: install-dev  ## mypy, strict
 contract: install-dev  ## who may import whom
 	$(VENV_DEV)/bin/lint-imports
 
+image:  ## build the CPU container image, named twogate, with docker, podman or buildah
+	@docker/build.sh
+
 check: lint types contract test  ## all of the above
 
 requirements: install-dev  ## pin again what requirements/*.txt hold, after a change in pyproject.toml
-	$(COMPILE) --extra dev -o requirements/dev.txt
-	$(COMPILE) -c requirements/dev.txt --extra cpu --extra batch -o requirements/serve.txt
+	$(COMPILE) requirements/build.in --extra dev -o requirements/dev.txt
+	$(COMPILE) requirements/build.in -c requirements/dev.txt --extra cpu --extra batch -o requirements/serve.txt
 	$(COMPILE) -c requirements/dev.txt --extra cpu -o requirements/image.txt
 
 install:

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# What can be checked of containers and deployment without a Docker engine: lint, build, run, render, validate.
+# .ci/run calls it. Installs Debian's tools where it may; says why and passes where it cannot.
+#
+#     docker/check.sh PYTHON          an interpreter with requirements/dev.txt
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:?which Python? one that has requirements/dev.txt}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/twogate
+started=$SECONDS
+skip() { echo "container checks: skipped: $1"; exit 0; }
+passed() { echo "container checks: $1 ($((SECONDS - started)) s)"; }
+
+# Linters, pinned as everything else.
+key=$(sha256sum < requirements/container.txt | cut -c1-16)
+tools=$cache/container-$key
+if [[ ! -f $tools/complete ]]; then
+  rm -rf "$tools"
+  if ! { python3 -m venv "$tools" && "$tools/bin/python" -m pip --disable-pip-version-check install --quiet \
+    --require-hashes -r requirements/container.txt; }; then skip "the linters cannot be installed"; fi
+  touch "$tools/complete"
+fi
+"$tools/bin/hadolint" docker/Dockerfile*
+passed "hadolint is clean"
+"$tools/bin/python" deploy/kubernetes/check.py
+passed "the Kubernetes manifests are valid"
+
+[[ $(id -u) == 0 ]] || skip "building without an engine needs root"
+missing=()
+for tool in buildah debootstrap nginx promtool; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+[[ -e /usr/lib/nginx/modules/ngx_http_js_module.so ]] || missing+=(njs)
+if ((${#missing[@]})); then
+  command -v apt-get >/dev/null || skip "${missing[*]} not here, and this is not Debian"
+  export DEBIAN_FRONTEND=noninteractive
+  # A daemon that starts by itself would take a port.
+  if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap nginx-light \
+    libnginx-mod-http-js prometheus; } >"$cache/apt.log" 2>&1; then
+    tail -3 "$cache/apt.log"
+    skip "${missing[*]} cannot be installed"
+  fi
+  passed "installed ${missing[*]}"
+fi
+promtool check rules deploy/prometheus/alerts.yml
+promtool check config --syntax-only deploy/prometheus/prometheus.yml
+promtool test rules deploy/prometheus/alerts.test.yml
+passed "Prometheus takes the configuration and the alerts fire when they must"
+
+unshare --mount true 2>/dev/null || skip "this root may not mount"
+# Images of its own, with the storage and the isolation that work even inside another container.
+export BUILDAH_ISOLATION=chroot CONTAINERS_STORAGE_CONF=$cache/storage.conf
+printf '[storage]\ndriver = "vfs"\ngraphroot = "%s"\nrunroot = "%s"\n' "$cache/images" "$cache/images-run" >"$CONTAINERS_STORAGE_CONF"
+BUILDER=buildah make --no-print-directory image >"$cache/image.log" 2>&1 || { tail -30 "$cache/image.log"; exit 1; }
+tail -1 "$cache/image.log"
+base=${PYTHON_IMAGE:-python:3.11-slim-bookworm}
+"$python" docker/check.py twogate "$base"
+passed "the service runs from the image"
+"$python" -m pytest -q tests/deploy
+passed "done"
