@@ -58,7 +58,7 @@ def train_head(features: Tensor, labels: NDArray[np.int64]) -> Head:
     """
     standard = Standard.of(features)
     model = LogisticRegressionCV(
-        Cs=[1e-4, 1e-3, 1e-2, 1e-1, 1.0],
+        Cs=[1e-3, 1e-2, 1e-1, 1.0],
         cv=3,
         scoring="neg_log_loss",
         max_iter=300,

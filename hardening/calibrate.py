@@ -24,7 +24,7 @@ from hardening.progress import Bars
 from hardening.recipe import RecipeError
 from model_store.calibration import Calibration
 
-_BATCH = 64
+_BATCH = 16
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ def merge_gains(encoder: Encoder) -> None:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, images: Any, batch_size: int = 256, device: str = "cpu") -> Tensor:
+def features(encoder: nn.Module, images: Any, batch_size: int = 32, device: str = "cpu") -> Tensor:
     """Features [N, dim] float32 on the CPU of uint8 images [N, H, W, 3], in eval mode."""
     encoder.eval()
     parts = [

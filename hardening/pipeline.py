@@ -30,6 +30,7 @@ from hardening.evaluate import Evaluation, Record, evaluate
 from hardening.export import check_parity, export, golden
 from hardening.files import load_tensors, write_atomically
 from hardening.finetune import finetune
+from hardening.memory import keep_freed_memory
 from hardening.pretrain import pretrain
 from hardening.progress import Bars
 from hardening.recipe import Recipe, load_recipe
@@ -67,7 +68,12 @@ def harden(
     recipe = load_recipe(recipe_path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise RunError(f"there is no device {device!r} here; use --device cpu") from None
     run = run or Path("runs") / recipe.name
+    keep_freed_memory()
     with bars or Bars() as shown, _owned(run, recipe, data_root):
         finished = run / "bundle.json"
         if finished.exists():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hardening.memory import keep_freed_memory
 from hardening.progress import Bars, Task
 from model_store.errors import TwogateError
 
@@ -98,6 +99,7 @@ def _work(job: Job, threads: int, messages: Queue[Any]) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(threads)
+    keep_freed_memory()
     try:
         job.function(*job.arguments, bars=_RemoteBars(messages))
     except TwogateError as error:
