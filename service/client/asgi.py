@@ -1,0 +1,77 @@
+"""In front of a FastAPI, Starlette or any other ASGI app:
+
+    from service.client.asgi import TwogateMiddleware
+    app.add_middleware(TwogateMiddleware, gate="http://twogate:8000", paths=["/upload"])
+
+A clean upload reaches the app unchanged, with the header `X-Twogate-Verdict` (clean, nothing, or unjudged where the gate
+could not be asked and the policy is to pass). Others are answered in the app's place, with the gate's problem document.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from .uploads import VERDICT_HEADER, Refusal, Uploads
+
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+
+
+class TwogateMiddleware:
+    """Takes what `uploads.Uploads` takes."""
+
+    def __init__(self, app: _App, gate: Any, **policy: Any) -> None:
+        self._app = app
+        self._uploads = Uploads(gate, **policy)
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """Pass one request on, or answer it."""
+        if scope["type"] != "http" or not self._uploads.concerns(scope["method"], scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        # Joined where there are several: an app may look at the first, or at the last.
+        joined: dict[bytes, str] = {}
+        for name, value in scope["headers"]:
+            text = value.decode("latin-1")
+            joined[name.lower()] = f"{joined[name.lower()]}, {text}" if name.lower() in joined else text
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if len(body) > self._uploads.max_body_bytes:
+                await _answer(send, self._uploads.too_large())
+                return
+            if not message.get("more_body"):
+                break
+        whole = bytes(body)
+        verdict = await asyncio.to_thread(
+            self._uploads.judge, whole, joined.get(b"content-type", ""), joined.get(b"content-encoding", "")
+        )
+        if isinstance(verdict, Refusal):
+            await _answer(send, verdict)
+            return
+        # What a client sent under this name must not reach the app.
+        kept = [(name, value) for name, value in scope["headers"] if name.lower() != VERDICT_HEADER.encode()]
+        replayed = False
+
+        async def again() -> MutableMapping[str, Any]:
+            nonlocal replayed
+            if replayed:
+                return await receive()
+            replayed = True
+            return {"type": "http.request", "body": whole, "more_body": False}
+
+        await self._app({**scope, "headers": [*kept, (VERDICT_HEADER.encode(), verdict.encode())]}, again, send)
+
+
+async def _answer(send: _Send, refusal: Refusal) -> None:
+    headers = [(name.encode(), value.encode()) for name, value in refusal.headers]
+    headers.append((b"content-length", str(len(refusal.body)).encode()))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": refusal.body})

@@ -1,0 +1,151 @@
+"""Both middlewares, each in front of an app of its kind, asking a real gate."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+
+from service.client.asgi import TwogateMiddleware as AsgiMiddleware
+from service.client.wsgi import TwogateMiddleware as WsgiMiddleware
+from tests.service.client.serving import assert_refused, free_url, served_asgi, served_wsgi
+from tests.service.support import ThreadServer
+
+Guarded = Callable[..., Any]
+
+
+def asgi_app() -> FastAPI:
+    """Tells what reached it."""
+    app = FastAPI()
+
+    @app.api_route("/{path:path}", methods=["GET", "POST", "PUT"])
+    async def told(request: Request) -> dict[str, Any]:
+        return {"bytes": len(await request.body()), "verdict": request.headers.get("x-twogate-verdict")}
+
+    return app
+
+
+def wsgi_app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    """Tells what reached it."""
+    import json
+
+    length = int(environ.get("CONTENT_LENGTH") or 0)
+    told = {"bytes": len(environ["wsgi.input"].read(length)), "verdict": environ.get("HTTP_X_TWOGATE_VERDICT")}
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(told).encode()]
+
+
+@pytest.fixture(params=["asgi", "wsgi"])
+def guarded(request: pytest.FixtureRequest, server: ThreadServer) -> Iterator[Guarded]:
+    """Starts an app behind the middleware, with a policy; gives a client of it."""
+    running: list[Any] = []
+
+    def start(**policy: Any) -> httpx.Client:
+        policy = {"gate": server.url, "paths": ["/upload"], **policy}
+        if request.param == "asgi":
+            app = asgi_app()
+            app.add_middleware(cast(Any, AsgiMiddleware), **policy)
+            context = served_asgi(app)
+        else:
+            context = served_wsgi(WsgiMiddleware(wsgi_app, **policy))
+        running.append(context)
+        client = httpx.Client(base_url=context.__enter__(), timeout=20)
+        running.append(client)
+        return client
+
+    yield start
+    for context in reversed(running):
+        context.__exit__(None, None, None) if not isinstance(context, httpx.Client) else context.close()
+
+
+def test_a_clean_upload_arrives_unchanged(guarded: Guarded, photo: bytes) -> None:
+    client = guarded()
+    assert client.post("/upload", content=photo).json() == {"bytes": len(photo), "verdict": "clean"}
+    form = client.post("/upload/album", files={"picture": ("a.jpg", photo)})
+    assert form.json()["verdict"] == "clean"
+    assert form.json()["bytes"] > len(photo)
+
+
+def test_an_attacked_one_does_not(guarded: Guarded, photo: bytes, suspicious: bytes) -> None:
+    client = guarded()
+    document = assert_refused(client.post("/upload", files=[("a", ("a.jpg", photo)), ("b", ("b.png", suspicious))]), 422)
+    assert document["type"] == "/problems/adversarial-suspected"
+    assert document["index"] == 1
+    assert not {"p_value", "verdicts"} & set(document)
+    assert_refused(client.put("/upload", content=suspicious), 422)
+
+
+def test_other_paths_and_reading_are_left_alone(guarded: Guarded, suspicious: bytes) -> None:
+    client = guarded()
+    assert client.post("/other", content=suspicious).json() == {"bytes": len(suspicious), "verdict": None}
+    assert client.post("/uploads", content=suspicious).status_code == 200
+    assert client.get("/upload").json() == {"bytes": 0, "verdict": None}
+
+
+def test_what_is_no_image_is_refused(guarded: Guarded) -> None:
+    client = guarded()
+    assert_refused(client.post("/upload", content=b"%PDF-1.7"), 415)
+    assert_refused(client.post("/upload", json={"input": "x"}), 415)
+
+
+def test_a_form_without_files_passes(guarded: Guarded) -> None:
+    answer = guarded().post("/upload", files={"title": (None, "no picture today")})
+    assert answer.json()["verdict"] == "nothing"
+
+
+def test_a_verdict_that_the_client_sends_does_not_count(guarded: Guarded) -> None:
+    answer = guarded().post("/upload", headers={"X-Twogate-Verdict": "clean"})
+    assert answer.json()["verdict"] == "nothing"
+
+
+def test_two_boundaries_are_refused(guarded: Guarded, photo: bytes) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=a; boundary=b"}
+    assert_refused(guarded().post("/upload", content=b"--b--\r\n", headers=headers), 400)
+
+
+def test_too_large_with_and_without_a_length(guarded: Guarded, photo: bytes) -> None:
+    client = guarded(max_body_bytes=1000)
+    assert assert_refused(client.post("/upload", content=photo), 413)["limit"] == 1000
+
+
+@pytest.mark.parametrize("policy", ["refuse", "pass"])
+def test_with_the_gate_down_the_policy_decides(guarded: Guarded, photo: bytes, policy: str) -> None:
+    client = guarded(gate=free_url(), unavailable=policy)
+    answer = client.post("/upload", content=photo)
+    if policy == "refuse":
+        assert assert_refused(answer, 503)["type"] == "/problems/gate-unavailable"
+        assert answer.headers["retry-after"]
+    else:
+        assert answer.json() == {"bytes": len(photo), "verdict": "unjudged"}
+
+
+def test_asgi_bodies_without_a_length(server: ThreadServer, photo: bytes) -> None:
+    app = asgi_app()
+    app.add_middleware(cast(Any, AsgiMiddleware), gate=server.url, paths=["/upload"], max_body_bytes=6000)
+    with served_asgi(app) as url, httpx.Client(base_url=url) as client:
+        pieces = [photo[start : start + 500] for start in range(0, len(photo), 500)]
+        assert client.post("/upload", content=iter(pieces)).json() == {"bytes": len(photo), "verdict": "clean"}
+        assert_refused(client.post("/upload", content=iter(pieces * 3)), 413)
+
+
+def test_asgi_two_content_types_are_refused(server: ThreadServer) -> None:
+    app = asgi_app()
+    app.add_middleware(cast(Any, AsgiMiddleware), gate=server.url, paths=["/upload"])
+    with served_asgi(app) as url, httpx.Client(base_url=url) as client:
+        types = [("Content-Type", "multipart/form-data; boundary=a"), ("Content-Type", "multipart/form-data; boundary=b")]
+        assert_refused(client.post("/upload", content=b"--b--\r\n", headers=types), 400)
+
+
+def test_a_policy_that_would_not_guard_is_refused() -> None:
+    for policy in ({"paths": "/upload"}, {"paths": []}, {"paths": ["upload"]}, {"paths": ["/x"], "unavailable": "open"}):
+        with pytest.raises(ValueError, match=r"paths|unavailable"):
+            WsgiMiddleware(wsgi_app, gate="http://127.0.0.1:1", **policy)
+
+
+def test_no_free_port_is_left_open() -> None:
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", int(free_url().rsplit(":", 1)[1])), timeout=1)
