@@ -18,8 +18,8 @@ if [[ ! -f $tarball ]]; then
   debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/root" >"$work/log" 2>&1 ||
     { tail -5 "$work/log" >&2; exit 1; }
   # As Debian's slim images do.
-  rm -rf "$work"/root/var/cache/apt/* "$work"/root/var/lib/apt/lists/* "$work"/root/usr/share/{doc,man,info,locale,groff,lintian}/* \
-    "$work"/root/var/log/* "$work"/root/debootstrap "$work"/root/dev/*
+  rm -rf "$work"/root/usr/share/{doc,man,info,locale,groff,lintian}/* "$work"/root/var/{cache/apt,lib/apt/lists,log}/* \
+    "$work"/root/debootstrap "$work"/root/dev/*
   tar -C "$work/root" --numeric-owner --sort=name -cf "$work/base.tar" .
   mv "$work/base.tar" "$tarball"
 fi

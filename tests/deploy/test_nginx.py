@@ -1,0 +1,161 @@
+"""deploy/nginx as it is, with other ports: a real nginx between a client and the demo's album."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.service.support import ThreadServer, wait_until
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+pytestmark = pytest.mark.skipif(not NGINX or not MODULE.exists(), reason="nginx with its njs module is not installed")
+Proxied = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def album() -> Iterator[int]:
+    """The port of the demo's app, as a process of its own."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(DEPLOY / "demo/app.py"), str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: listening(port))
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def proxied(album: int, gate: ThreadServer, tmp_path: Path) -> Proxied:
+    """Starts nginx with the recipe; gives a client of it."""
+
+    @contextmanager
+    def start(gate_port: int = gate.port, unavailable: str = "refuse") -> Iterator[httpx.Client]:
+        port = free_port()
+        text = (DEPLOY / "nginx/nginx.conf").read_text()
+        for old, new in (
+            ("load_module modules/ngx_http_js_module.so", f"load_module {MODULE}"),
+            ("/tmp/", f"{tmp_path}/"),
+            ("listen 8080", f"listen 127.0.0.1:{port}"),
+            ("server app:8080", f"server 127.0.0.1:{album}"),
+            ("server twogate:8000", f"server 127.0.0.1:{gate_port}"),
+            ("/etc/nginx/twogate", str(DEPLOY / "nginx")),
+            ("$twogate_unavailable refuse", f"$twogate_unavailable {unavailable}"),
+        ):
+            assert old in text
+            text = text.replace(old, new)
+        configuration = tmp_path / "nginx.conf"
+        configuration.write_text(text)
+        user = " user root;" if os.getuid() == 0 else ""
+        command = [str(NGINX), "-p", str(tmp_path), "-c", str(configuration), "-g", f"daemon off;{user}"]
+        log = tmp_path / "nginx.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stderr=file)
+        try:
+            wait_until(lambda: listening(port) or process.poll() is not None)
+            assert process.poll() is None, log.read_text()
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+                yield client
+        finally:
+            process.terminate()
+            process.wait(10)
+
+    return start
+
+
+def pictures(client: httpx.Client) -> int:
+    """How many the album has."""
+    found = re.search(r"(\d+) pictures", client.get("/").text)
+    assert found
+    return int(found[1])
+
+
+def test_a_clean_photo_reaches_the_album_unchanged(proxied: Proxied, photo: bytes) -> None:
+    with proxied() as client:
+        before = pictures(client)
+        answer = client.post("/upload", files={"picture": ("clean.jpg", photo)})
+        assert (answer.status_code, answer.text) == (201, "stored 1\n")
+        assert pictures(client) == before + 1
+        assert client.get("/pictures/clean.jpg").content == photo
+
+
+def test_an_attacked_one_is_refused_with_a_reason(proxied: Proxied, photo: bytes, suspicious: bytes) -> None:
+    with proxied() as client:
+        before = pictures(client)
+        files = [("picture", ("a.jpg", photo)), ("picture", ("b.png", suspicious))]
+        answer = client.post("/upload", files=files, headers={"Cookie": "a=b", "Authorization": "Bearer of the app"})
+        assert answer.status_code == 422
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.json()["type"] == "/problems/adversarial-suspected"
+        assert answer.json()["detail"] == "image 1 looks like an adversarial example"
+        assert "p_value" not in answer.text
+        assert pictures(client) == before
+
+
+def test_a_larger_upload_that_nginx_keeps_in_a_file(proxied: Proxied, photo: bytes) -> None:
+    padded = photo + b"\0" * 3_000_000
+    with proxied() as client:
+        assert client.post("/upload", files={"picture": ("large.jpg", padded)}).status_code == 201
+        assert client.get("/pictures/large.jpg").content == padded
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "status"),
+    [
+        (b"%PDF-1.7", "application/pdf", 415),
+        (b'{"input": "x"}', "application/json", 415),
+        (b"--b--\r\n", "multipart/form-data; boundary=a; boundary=b", 400),
+        (b"\0" * (33 << 20), "image/jpeg", 413),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(proxied: Proxied, content: bytes, content_type: str, status: int) -> None:
+    with proxied() as client:
+        before = pictures(client)
+        assert client.post("/upload", content=content, headers={"Content-Type": content_type}).status_code == status
+        assert pictures(client) == before
+
+
+def test_a_form_without_files_passes(proxied: Proxied) -> None:
+    with proxied() as client:
+        assert client.post("/upload", files={"title": (None, "no picture today")}).text == "stored 0\n"
+
+
+def test_with_the_gate_down_uploads_are_refused_and_the_rest_works(proxied: Proxied, photo: bytes) -> None:
+    with proxied(gate_port=free_port()) as client:
+        answer = client.post("/upload", files={"picture": ("late.jpg", photo)})
+        assert answer.status_code == 503
+        assert answer.json()["type"] == "/problems/gate-unavailable"
+        assert answer.headers["retry-after"] == "5"
+        assert "late.jpg" not in client.get("/").text
+
+
+def test_with_the_gate_down_the_policy_may_be_to_pass(proxied: Proxied, photo: bytes) -> None:
+    with proxied(gate_port=free_port(), unavailable="pass") as client:
+        assert client.post("/upload", files={"picture": ("late.jpg", photo)}).status_code == 201
