@@ -12,7 +12,7 @@ from hardening.recipe import Splits
 from model_store.bundle import load_bundle
 from model_store.pixels import PixelRule, decode
 from service.engine.local import LocalGate
-from tests.hardening.conftest import InterruptingBars, Interrupted, QuietBars
+from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
 from tests.support.patterns import CLASSES, patterns, write_patterns, write_pictures
 
 RULE = PixelRule(height=16, width=16)

