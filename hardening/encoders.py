@@ -90,7 +90,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
     except Exception as error:  # torch and safetensors raise many kinds; each means that the file is no use
-        raise EncoderError(f"{path.name} cannot be read as weights: {str(error).splitlines()[0]}") from None
+        raise EncoderError(f"{path.name} cannot be read as weights: {(str(error) or repr(error)).splitlines()[0]}") from None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -221,7 +221,7 @@ def fold_batch_norm(encoder: Encoder, images: Tensor) -> bool:
     for parent in list(encoder.modules()):
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if type(conv) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d):
+            if type(conv) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d) and _may_follow(norm, conv):
                 undo += [(parent, name, conv), (parent, norm_name, norm)]
                 setattr(parent, name, ScaledConv2d(conv, norm))
                 # timm's BatchNormAct2d carries the activation, which has to stay.
@@ -235,6 +235,10 @@ def fold_batch_norm(encoder: Encoder, images: Tensor) -> bool:
     for parent, name, module in undo:
         setattr(parent, name, module)
     return False
+
+
+def _may_follow(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> bool:
+    return norm.num_features == conv.out_channels and norm.affine and norm.track_running_stats
 
 
 def merge_gains(encoder: Encoder) -> None:
