@@ -199,7 +199,7 @@ def _draw(groups: Sequence[str], labels: Sequence[int], shares: Splits, seed: in
     """Divide the images of each class among the splits, by the seed alone."""
     rng = np.random.default_rng(seed)
     group, label = np.asarray(groups), np.asarray(labels)
-    result: dict[str, list[int]] = {name: [] for name in SPLITS}
+    result: dict[str, list[int]] = {name: [] for name in (*SPLITS, "unused")}
     for name in ("test", "calibration"):
         result[name] = np.flatnonzero(group == name).tolist()
     share = shares.model_dump()
@@ -207,7 +207,7 @@ def _draw(groups: Sequence[str], labels: Sequence[int], shares: Splits, seed: in
         share["calibration"] = 0.0
     if not result["test"]:
         share["test"] = _TEST_SHARE * sum(share.values()) / (1 - _TEST_SHARE)
-    names = [name for name in SPLITS if share.get(name)]
+    names = [name for name in (*SPLITS, "unused") if share.get(name)]
     edges = np.cumsum([share[name] for name in names]) / sum(share[name] for name in names)
     train = group == "train"
     for value in np.unique(label[train]):
@@ -217,4 +217,4 @@ def _draw(groups: Sequence[str], labels: Sequence[int], shares: Splits, seed: in
             result[name].extend(part.tolist())
     if not result["local"]:
         raise RecipeError("splits.local leaves no images to tune on")
-    return {name: sorted(indices) for name, indices in result.items()}
+    return {name: sorted(result[name]) for name in SPLITS}

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: on a CPU, half of the time of a forward pass can go into asking the kernel for it again."""
+"""Keep freed memory in the process: asking the kernel for it again can cost half of a forward pass on a CPU."""
 
 from __future__ import annotations
 

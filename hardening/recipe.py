@@ -34,6 +34,7 @@ class Splits(_Part):
     calibration: float = Field(
         default=0.16, ge=0, description="the score's quantile table; not drawn where the data has a folder calibration/"
     )
+    unused: float = Field(default=0.0, ge=0, description="left out, to make a run smaller")
 
 
 class Pretrain(_Part):
