@@ -41,6 +41,8 @@ requirements: install-dev  ## pin again what requirements/*.txt hold, after a ch
 	$(COMPILE) requirements/build.in --extra dev -o requirements/dev.txt
 	$(COMPILE) requirements/build.in -c requirements/dev.txt --extra cpu --extra batch -o requirements/serve.txt
 	$(COMPILE) -c requirements/dev.txt --extra cpu -o requirements/image.txt
+	$(COMPILE) -c requirements/dev.txt --extra gpu -o requirements/image-gpu.txt
+	$(COMPILE:pyproject.toml=requirements/container.in) -o requirements/container.txt
 
 install:
 	@$(PYTHON) requirements/install.py $(VENV) requirements/serve.txt

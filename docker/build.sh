@@ -29,10 +29,12 @@ fi
 # This machine's pip may know an index or a certificate that a build container does not. It can fetch for the image only
 # if it is the same Python; where it cannot, the build fetches by itself. Either way, every file is checked by its hash.
 if python3 -c 'import sys, platform; sys.exit(sys.version_info[:2] != (3, 11) or platform.libc_ver()[0] != "glibc")'; then
-  python3 -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --require-hashes \
-    -r requirements/image.txt -d docker/wheels.new 2>docker/wheels.log && mv -f docker/wheels.new/*.whl docker/wheels/ ||
+  rm -f docker/wheels/*.whl
+  if ! python3 -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --require-hashes \
+    -r requirements/image.txt -d docker/wheels 2>/dev/null; then
+    rm -f docker/wheels/*.whl
     echo "make image: wheels were not staged, the build fetches them itself" >&2
-  rm -rf docker/wheels.new docker/wheels.log
+  fi
 fi
 
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

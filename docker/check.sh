@@ -16,8 +16,12 @@ key=$(sha256sum < requirements/container.txt | cut -c1-16)
 tools=$cache/container-$key
 if [[ ! -f $tools/complete ]]; then
   rm -rf "$tools"
+  mkdir -p "$cache"
   if ! { python3 -m venv "$tools" && "$tools/bin/python" -m pip --disable-pip-version-check install --quiet \
-    --require-hashes -r requirements/container.txt; }; then skip "the linters cannot be installed"; fi
+    --require-hashes -r requirements/container.txt; } 2>"$cache/pip.log"; then
+    tail -3 "$cache/pip.log"
+    skip "the linters cannot be installed"
+  fi
   touch "$tools/complete"
 fi
 "$tools/bin/hadolint" docker/Dockerfile*
@@ -32,7 +36,6 @@ for tool in buildah debootstrap nginx promtool; do command -v "$tool" >/dev/null
 if ((${#missing[@]})); then
   command -v apt-get >/dev/null || skip "${missing[*]} not here, and this is not Debian"
   export DEBIAN_FRONTEND=noninteractive
-  # A daemon that starts by itself would take a port.
   if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap nginx-light \
     libnginx-mod-http-js prometheus; } >"$cache/apt.log" 2>&1; then
     tail -3 "$cache/apt.log"
@@ -53,6 +56,7 @@ BUILDER=buildah make --no-print-directory image >"$cache/image.log" 2>&1 || { ta
 tail -1 "$cache/image.log"
 base=${PYTHON_IMAGE:-python:3.11-slim-bookworm}
 "$python" docker/check.py twogate "$base"
+buildah rmi --prune --force >/dev/null 2>&1 || true # what the last run left
 passed "the service runs from the image"
 "$python" -m pytest -q tests/deploy
 passed "done"

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from service.problems import all_problems
-from tests.service.support import ThreadServer
+from tests.deploy.ports import free_port, listening
+from tests.service.support import ThreadServer, wait_until
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "deploy/prometheus/alerts.yml"
@@ -86,3 +87,39 @@ def test_every_metric_and_alert_is_explained(exposed: str) -> None:
 @pytest.mark.parametrize("command", ["check rules alerts.yml", "test rules alerts.test.yml"])
 def test_prometheus_takes_the_rules(command: str) -> None:
     subprocess.run(["promtool", *command.split()], cwd=ALERTS.parent, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="Prometheus is not installed")
+def test_a_real_prometheus_scrapes_the_service_and_answers_every_panel(
+    gate: ThreadServer, exposed: str, tmp_path: Path
+) -> None:
+    configuration = yaml.safe_load((ALERTS.parent / "prometheus.yml").read_text())
+    configuration["global"]["scrape_interval"] = "500ms"
+    configuration["rule_files"] = [str(ALERTS)]
+    configuration["scrape_configs"][0]["static_configs"][0]["targets"] = [gate.url.removeprefix("http://")]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+    port = free_port()
+    command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+    try:
+        wait_until(lambda: listening(port))
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1") as client:
+
+            def result(query: str) -> list[Any]:
+                filled = query.replace("$job", ".+").replace("$__rate_interval", "1m")
+                answer = client.get("/query", params={"query": filled})
+                assert answer.status_code == 200, (query, answer.text)
+                found: list[Any] = answer.json()["data"]["result"]
+                return found
+
+            wait_until(lambda: result("count_over_time(twogate_ready[1m]) > 2"))
+            for query in queries():
+                result(query)
+            ready, served = queries()[:2]
+            assert result(ready)[0]["value"][1] == "1"
+            assert result(served)[0]["metric"]["name"] == "tiny"
+            assert not result('ALERTS{alertname=~"TwogateDown|TwogateNotReady"}')
+    finally:
+        process.terminate()
+        process.wait(10)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.deploy.ports import free_port, listening
 from tests.service.support import ThreadServer, wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -22,17 +22,6 @@ MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 pytestmark = pytest.mark.skipif(not NGINX or not MODULE.exists(), reason="nginx with its njs module is not installed")
 Proxied = Callable[..., AbstractContextManager[httpx.Client]]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
-
-
-def listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
