@@ -55,7 +55,9 @@ def trained_encoder(*, seed: int = 0, epochs: int = 6) -> Encoder:
         optimiser = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=5e-3)
         for _ in range(epochs):
             for chosen in torch.randperm(len(images)).split(32):
-                loss = F.cross_entropy(head(encoder(as_input(images[chosen.numpy()]))), torch.as_tensor(labels[chosen.numpy()]))
+                loss = F.cross_entropy(
+                    head(encoder(as_input(images[chosen.numpy()]))), torch.as_tensor(labels[chosen.numpy()])
+                )
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE
+from hardening.detectors.consistency import BLUR, ConsistencyDetector
+
+DIM = 12
+COLUMNS = 6
+
+
+def clean_features(n: int, seed: int) -> dict[str, Tensor]:
+    """Four encoders that see the same hidden scene, each in its own way, and their blurred views."""
+    rng = torch.Generator().manual_seed(0)
+    ways = {name: torch.randn(8, DIM, generator=rng) for name in (*BRANCHES, TRIPWIRE)}
+    chance = torch.Generator().manual_seed(seed)
+    scene = torch.randn(n, 8, generator=chance)
+    found = {name: scene @ way + 0.3 * torch.randn(n, DIM, generator=chance) for name, way in ways.items()}
+    for name in (TRIPWIRE, BMP):
+        found[name + BLUR] = found[name] + 0.3 * torch.randn(n, DIM, generator=chance)
+    return found
+
+
+@pytest.fixture(scope="module")
+def detector() -> ConsistencyDetector:
+    return ConsistencyDetector.fit(clean_features(1000, 1))
+
+
+def test_p_values_of_fresh_clean_features_are_about_uniform(detector: ConsistencyDetector) -> None:
+    surprise = detector.minus_log_p(detector.evidence(clean_features(2000, 2)))
+    assert surprise.shape == (2000, COLUMNS)
+    p = torch.exp(-surprise)
+    for share in (0.05, 0.1, 0.25, 0.5, 0.75):
+        below = (p <= share).float().mean(0)
+        # Four standard errors of both samples, and a little for the interpolation.
+        slack = 4 * math.sqrt(share * (1 - share) * (1 / 2000 + 1 / 1000)) + 0.01
+        assert ((below - share).abs() < slack).all(), (share, below)
+
+
+def test_it_is_monotone_and_has_no_ceiling(detector: ConsistencyDetector) -> None:
+    evidence = torch.linspace(0, 2, 2001)[:, None].expand(-1, COLUMNS)
+    surprise = detector.minus_log_p(evidence)
+    assert (surprise.diff(dim=0) >= 0).all()
+    for column in range(COLUMNS):
+        beyond = surprise[evidence[:, column] > detector.knots[column].max() + 0.01, column]
+        assert (beyond.diff() > 0).all()
+        assert beyond[-1] > -math.log(0.01)
+
+
+@pytest.mark.parametrize(("view", "column"), [(TRIPWIRE, 1), (BMP, 3), (MPAE[0], 4), (MPAE[1], 5)])
+def test_a_branch_that_leaves_the_others_loses_confidence(detector: ConsistencyDetector, view: str, column: int) -> None:
+    found = clean_features(300, 3)
+    clean_confidence, clean_score = detector(found)
+    moved = dict(found)
+    moved[view] = found[view].flip(0)  # what it says of another image
+    surprise = detector.minus_log_p(detector.evidence(moved))
+    assert surprise[:, column].median() > 4
+    confidence, score = detector(moved)
+    branch = detector.branches.index(view)
+    assert clean_confidence[:, branch].median() > 0.3
+    assert confidence[:, branch].median() < 0.05
+    if view in (TRIPWIRE, BMP):
+        assert score.median() > clean_score.median() + 2
+
+
+@pytest.mark.parametrize("view", [TRIPWIRE, BMP])
+def test_a_blur_that_changes_much_is_suspicious(detector: ConsistencyDetector, view: str) -> None:
+    found = clean_features(300, 3)
+    _, before = detector(found)
+    found[view + BLUR] = found[view + BLUR].flip(0)
+    confidence, after = detector(found)
+    assert after.median() > before.median() + 2
+    assert confidence[:, detector.branches.index(view)].median() < 0.05
+
+
+def test_confidence_is_a_share_and_the_score_the_largest_surprise(detector: ConsistencyDetector) -> None:
+    found = clean_features(200, 4)
+    found[TRIPWIRE][:50] *= -3
+    confidence, score = detector(found)
+    assert confidence.shape == (200, 4)
+    assert confidence.min() >= 0
+    assert confidence.max() <= 1
+    surprise = detector.minus_log_p(detector.evidence(found))
+    assert torch.equal(score, surprise[:, :4].amax(1))
+    # Two evidences of the tripwire: Bonferroni.
+    expected = (2 * torch.exp(-surprise[:, :2].amax(1))).clamp(max=1)
+    assert torch.allclose(confidence[:, detector.branches.index(TRIPWIRE)], expected)
+
+
+def test_an_image_is_judged_alone(detector: ConsistencyDetector) -> None:
+    found = clean_features(20, 5)
+    confidence, score = detector(found)
+    alone_confidence, alone_score = detector({name: value[3:4] for name, value in found.items()})
+    assert torch.allclose(alone_score, score[3:4], atol=1e-5)
+    assert torch.allclose(alone_confidence, confidence[3:4], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("kind", ["constant", "tied", "constant branch"])
+def test_features_that_do_not_differ_give_no_nan(kind: str) -> None:
+    def flattened(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        if kind == "constant":
+            return {name: torch.full_like(value, 0.7) for name, value in found.items()}
+        if kind == "tied":
+            rows = torch.arange(len(found[BMP])) % 3
+            return {name: value[rows] for name, value in clean_features(3, 1).items()} | {}
+        return {**found, BMP: torch.zeros_like(found[BMP]), BMP + BLUR: torch.zeros_like(found[BMP])}
+
+    fitted = ConsistencyDetector.fit(flattened(clean_features(100, 1)))
+    for found in (flattened(clean_features(50, 2)), clean_features(50, 3)):
+        confidence, score = fitted(found)
+        assert torch.isfinite(score).all()
+        assert torch.isfinite(confidence).all()
+        assert confidence.min() >= 0
+        assert confidence.max() <= 1
+
+
+def test_few_clean_images_promise_no_fine_levels() -> None:
+    few = ConsistencyDetector.fit(clean_features(24, 1))
+    confidence, score = few(clean_features(200, 2))
+    assert torch.isfinite(score).all()
+    assert few.parameters_for_people()["fitted_on"] == 24
+    assert np.isfinite(confidence.numpy()).all()

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hardening.encoders import Encoder, features
+from hardening.pretrain import pretrain, supcon_loss
+from hardening.recipe import Pretrain, RecipeError, SSLMethod
+from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
+from tests.support.patterns import patterns, untrained_encoder
+
+METHODS = get_args(SSLMethod)
+IMAGES, LABELS = patterns(16)
+
+
+def run(
+    method: str, folder: Path, epochs: int = 2, *, labels: object = LABELS, bars: QuietBars | None = None
+) -> tuple[Encoder, list[dict[str, float]]]:
+    recipe = Pretrain.model_validate({"method": method, "epochs": epochs, "batch_size": 32, "learning_rate": 1e-2})
+    return pretrain(
+        untrained_encoder(width=16),
+        recipe,
+        IMAGES,
+        np.asarray(labels),
+        job="start",
+        seed=1,
+        folder=folder,
+        device="cpu",
+        bars=bars or QuietBars(),
+    )
+
+
+def identical(a: Encoder, b: Encoder) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_there_are_five_methods() -> None:
+    assert set(METHODS) == {"simclr", "byol", "vicreg", "barlowtwins", "supcon"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls(method: str, tmp_path: Path) -> None:
+    labels = LABELS if method == "supcon" else np.full_like(LABELS, -1)
+    encoder, history = run(method, tmp_path, 24, labels=labels)
+    losses = [record["loss"] for record in history]
+    assert len(losses) == 24
+    first, last = np.mean(losses[:3]), np.mean(losses[-12:])
+    assert last < first - 0.02 * abs(first), losses
+    assert not encoder.training
+    found = features(encoder, IMAGES)
+    assert torch.isfinite(found).all()
+    # It has not collapsed to one point.
+    assert found.std(0).mean() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_and_started_again_it_ends_with_the_same_weights(method: str, tmp_path: Path) -> None:
+    """Two batches an epoch; stopped in the second epoch."""
+    whole, history = run(method, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(method, tmp_path / "stopped", bars=InterruptingBars(3))
+    torch.manual_seed(99)
+    bars = QuietBars()
+    again, history_again = run(method, tmp_path / "stopped", bars=bars)
+    assert identical(whole, again)
+    assert [r["loss"] for r in history] == [r["loss"] for r in history_again]
+    assert len(bars.said) == 1
+    assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["start.pt"]
+
+
+def test_a_finished_job_is_loaded_and_methods_differ(tmp_path: Path) -> None:
+    first, history = run("simclr", tmp_path / "a", 1)
+    bars = QuietBars()
+    second, history_again = run("simclr", tmp_path / "a", 1, bars=bars)
+    assert identical(first, second)
+    assert (history, bars.said) == (history_again, [])
+    assert not identical(first, run("vicreg", tmp_path / "b", 1)[0])
+    assert not identical(first, untrained_encoder(width=16))
+
+
+def test_supcon_needs_labels(tmp_path: Path) -> None:
+    labels = LABELS.copy()
+    labels[3] = -1
+    with pytest.raises(RecipeError, match="SupCon needs labelled images"):
+        run("supcon", tmp_path, labels=labels)
+
+
+def slow_supcon(vectors: list[list[float]], labels: list[int], temperature: float) -> float:
+    """Khosla et al. 2020, Eq. 2, with loops only."""
+
+    def similarity(a: list[float], b: list[float]) -> float:
+        lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+        return sum(x * y for x, y in zip(a, b, strict=True)) / lengths / temperature
+
+    total = 0.0
+    for i, anchor in enumerate(vectors):
+        everyone = sum(math.exp(similarity(anchor, other)) for a, other in enumerate(vectors) if a != i)
+        positives = [p for p in range(len(vectors)) if p != i and labels[p] == labels[i]]
+        total -= sum(math.log(math.exp(similarity(anchor, vectors[p])) / everyone) for p in positives) / len(positives)
+    return total / len(vectors)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1], [0, 1, 0, 2, 2, 1, 0], [3, 3]])
+def test_supcon_against_the_formula_in_loops(labels: list[int]) -> None:
+    vectors = torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = supcon_loss(vectors, torch.tensor(labels), temperature=0.3).item()
+    assert found == pytest.approx(slow_supcon(vectors.tolist(), labels, 0.3), rel=1e-9, abs=1e-12)
+
+
+def test_supcon_has_a_finite_gradient() -> None:
+    vectors: Tensor = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    supcon_loss(vectors, torch.arange(4).repeat(2)).backward()  # type: ignore[no-untyped-call]
+    assert vectors.grad is not None
+    assert torch.isfinite(vectors.grad).all()
+    assert vectors.grad.abs().sum() > 0
