@@ -52,9 +52,15 @@ unshare --mount true 2>/dev/null || skip "this root may not mount"
 # Images of its own, with the storage and the isolation that work even inside another container.
 export BUILDAH_ISOLATION=chroot CONTAINERS_STORAGE_CONF=$cache/storage.conf
 printf '[storage]\ndriver = "vfs"\ngraphroot = "%s"\nrunroot = "%s"\n' "$cache/images" "$cache/images-run" >"$CONTAINERS_STORAGE_CONF"
-BUILDER=buildah make --no-print-directory image >"$cache/image.log" 2>&1 || { tail -30 "$cache/image.log"; exit 1; }
-tail -1 "$cache/image.log"
 base=${PYTHON_IMAGE:-python:3.11-slim-bookworm}
+buildah pull --quiet --policy missing "$base" >/dev/null 2>&1 || docker/base.sh "$base" ||
+  skip "the base image can neither be pulled nor made"
+if ! BUILDER=buildah make --no-print-directory image >"$cache/image.log" 2>&1; then
+  tail -30 "$cache/image.log"
+  if grep -q "were not staged" "$cache/image.log"; then skip "the packages cannot be fetched"; fi
+  exit 1
+fi
+tail -1 "$cache/image.log"
 "$python" docker/check.py twogate "$base"
 buildah rmi --prune --force >/dev/null 2>&1 || true # what the last run left
 passed "the service runs from the image"
