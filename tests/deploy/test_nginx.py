@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -134,6 +135,21 @@ def test_what_cannot_be_judged_is_refused(proxied: Proxied, content: bytes, cont
 def test_a_form_without_files_passes(proxied: Proxied) -> None:
     with proxied() as client:
         assert client.post("/upload", files={"title": (None, "no picture today")}).text == "stored 0\n"
+
+
+def test_many_at_once_get_each_their_own_verdict(proxied: Proxied, photos: list[Path], suspicious: bytes) -> None:
+    contents = [*(path.read_bytes() for path in photos), suspicious] * 12
+
+    with proxied() as client, ThreadPoolExecutor(12) as pool:
+
+        def upload(n: int) -> int:
+            return client.post("/upload", files={"picture": (f"many-{n}.jpg", contents[n])}).status_code
+
+        statuses = list(pool.map(upload, range(len(contents))))
+        assert statuses == [422 if content == suspicious else 201 for content in contents]
+        for n, content in enumerate(contents):
+            if content != suspicious:
+                assert client.get(f"/pictures/many-{n}.jpg").content == content
 
 
 def test_with_the_gate_down_uploads_are_refused_and_the_rest_works(proxied: Proxied, photo: bytes) -> None:
