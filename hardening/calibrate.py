@@ -66,7 +66,7 @@ def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: 
     gate.requires_grad_(False).eval()
     clean, _ = dataset.take("calibration")
     _, _, score = run_gate(gate, clean, device, bars, "calibrate the score")
-    own = any(dataset.paths[i].startswith("calibration") for i in dataset.splits["calibration"][:1])
+    own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
     source = "the data's folder calibration/" if own else "held out of train/"
     table = Calibration(source=f"{len(clean)} clean images, {source}", scores=tuple(np.sort(score.astype(float))))
     return Calibrated(gate, table, heads)
