@@ -11,9 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from hardening.calibrate import Calibrated, assemble, calibrate
+from hardening.data import Dataset, prepare
 from hardening.encoders import Encoder
 from hardening.progress import Bars, Task
-from tests.support.patterns import trained_encoder
+from hardening.recipe import Splits
+from model_store.pixels import PixelRule
+from tests.support.patterns import trained_encoder, write_patterns
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +83,21 @@ def _toy_encoder() -> Encoder:
 def toy_encoder(_toy_encoder: Encoder) -> Encoder:
     """A tiny network that knows the patterns of tests.support.patterns, 16 x 16; a copy for each test."""
     return copy.deepcopy(_toy_encoder)
+
+
+@pytest.fixture(scope="session")
+def toy_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Labelled patterns in their splits."""
+    folder = tmp_path_factory.mktemp("toy")
+    root = write_patterns(folder / "root", train=80, test=15)
+    splits = Splits(local=0.3, validation=0.1, fit=0.25, calibration=0.35)
+    return prepare(root, PixelRule(height=16, width=16), splits, 0, folder / "data", QuietBars())
+
+
+@pytest.fixture(scope="session")
+def toy_calibrated(toy_dataset: Dataset, _toy_encoder: Encoder) -> Calibrated:
+    """A calibrated gate whose victim is undefended, with the other branches other networks; read only."""
+    tuned = {"victim": trained_encoder(seed=1), "auxiliary": trained_encoder(seed=2), "bmp": trained_encoder(seed=3)}
+    sample = toy_dataset.images[toy_dataset.splits["fit"][:8]]
+    views = assemble(copy.deepcopy(_toy_encoder), tuned, sample)
+    return calibrate(views, toy_dataset, "consistency", "cpu", QuietBars())

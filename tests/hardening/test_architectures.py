@@ -52,9 +52,9 @@ def test_the_shortcut_subsamples_and_fills_with_zeros_on_both_sides() -> None:
 
 
 def test_an_unknown_name_is_refused_with_near_ones() -> None:
-    with pytest.raises(RecipeError, match="near are .*resnet14_cifar"):
+    with pytest.raises(RecipeError, match=r"near are .*resnet14_cifar"):
         create("resnet14_cifr")
-    with pytest.raises(RecipeError, match="near are .*tf_efficientnet_lite0"):
+    with pytest.raises(RecipeError, match=r"near are .*tf_efficientnet_lite0"):
         create("tf_efficientnet_light0")
 
 

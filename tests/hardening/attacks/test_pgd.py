@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ def test_more_steps_are_never_weaker(toy_encoder: Encoder, images: Tensor) -> No
     loss = Distance(toy_encoder, images)
     strength = [loss(run(toy_encoder, images, steps)).mean().item() for steps in (0, 1, 3, 10, 30)]
     assert strength[1] > 2 * strength[0]
-    assert all(later >= 0.98 * earlier for earlier, later in zip(strength, strength[1:], strict=False))
+    assert all(later >= 0.98 * earlier for earlier, later in itertools.pairwise(strength))
     assert strength[-1] > 1.1 * strength[1]
 
 

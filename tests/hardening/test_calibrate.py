@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE
+from hardening.calibrate import Calibrated, assemble, calibrate, collect, run_gate
+from hardening.data import Dataset
+from hardening.encoders import Encoder, ScaledConv2d, features
+from hardening.recipe import RecipeError
+from tests.hardening.conftest import QuietBars
+
+
+def test_the_table_is_the_score_of_the_calibration_split(
+    toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars
+) -> None:
+    images, _ = toy_dataset.take("calibration")
+    _, _, score = run_gate(toy_calibrated.gate, images, "cpu", bars, "again")
+    assert toy_calibrated.calibration.scores == tuple(np.sort(score.astype(float)).tolist())
+    assert toy_calibrated.calibration.n == len(toy_dataset.splits["calibration"]) == 112
+    assert toy_calibrated.calibration.source == "112 clean images, held out of train/"
+
+
+def test_fresh_clean_images_get_the_promised_false_positives(
+    toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars
+) -> None:
+    fresh = np.concatenate([toy_dataset.take(name)[0] for name in ("test", "local")])
+    _, _, score = run_gate(toy_calibrated.gate, fresh, "cpu", bars, "fresh")
+    p = toy_calibrated.calibration.p_value(score)
+    assert (p <= 0.05).mean() < 0.15
+    assert (p <= 0.5).mean() == pytest.approx(0.5, abs=0.2)
+
+
+def test_test_images_and_their_labels_change_nothing(toy_calibrated: Calibrated, toy_dataset: Dataset) -> None:
+    """The threshold is fixed before any test image, clean or attacked, is seen."""
+    images = np.array(toy_dataset.images)
+    images[toy_dataset.splits["test"]] = 0
+    labels = toy_dataset.labels.copy()
+    labels[toy_dataset.splits["test"]] = 0
+    other = dataclasses.replace(toy_dataset, images=images, labels=labels)
+    again = calibrate(toy_calibrated.gate.views, other, "consistency", "cpu", QuietBars())
+    assert again.calibration.scores == toy_calibrated.calibration.scores
+
+
+def test_a_calibration_folder_is_named_as_the_source(toy_calibrated: Calibrated, toy_dataset: Dataset) -> None:
+    def source(prefix: str) -> str:
+        paths = list(toy_dataset.paths)
+        for index in toy_dataset.splits["calibration"]:
+            paths[index] = f"{prefix}{index}.png"
+        other = dataclasses.replace(toy_dataset, paths=tuple(paths))
+        return calibrate(toy_calibrated.gate.views, other, "consistency", "cpu", QuietBars()).calibration.source
+
+    assert source("calibration/") == "112 clean images, the data's folder calibration/"
+    assert source("calibration-") == "112 clean images, held out of train/"
+
+
+def test_labels_make_heads(toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars) -> None:
+    assert set(toy_calibrated.heads) == {*BRANCHES, TRIPWIRE}
+    images, labels = toy_dataset.take("test")
+    found = collect(toy_calibrated.gate.views, images, BRANCHES, "cpu", bars, "test")
+    for name in BRANCHES:
+        assert (toy_calibrated.heads[name](found[name]).argmax(1).numpy() == labels).mean() > 0.9
+
+
+def unlabelled(dataset: Dataset) -> Dataset:
+    return dataclasses.replace(dataset, labels=np.full_like(dataset.labels, -1), classes=())
+
+
+def test_without_labels_there_are_no_heads_and_no_papers_rule(toy_calibrated: Calibrated, toy_dataset: Dataset) -> None:
+    views = toy_calibrated.gate.views
+    found = calibrate(views, unlabelled(toy_dataset), "consistency", "cpu", QuietBars())
+    assert found.heads == {}
+    assert found.calibration.scores == toy_calibrated.calibration.scores
+    with pytest.raises(RecipeError, match="needs labelled images"):
+        calibrate(views, unlabelled(toy_dataset), "paper", "cpu", QuietBars())
+
+
+def test_the_papers_rule(toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars) -> None:
+    found = calibrate(toy_calibrated.gate.views, toy_dataset, "paper", "cpu", bars)
+    assert found.gate.detector.name == "paper"
+    assert -1 <= found.calibration.scores[0] <= found.calibration.scores[-1] <= 1
+    _, confidence, score = run_gate(found.gate, toy_dataset.take("test")[0], "cpu", bars, "test")
+    assert confidence.shape == (60, 3)
+    np.testing.assert_allclose(score, confidence[:, :2].mean(1) - confidence[:, 2], atol=1e-5)
+
+
+def test_assembly_ships_folded_rounded_weights_and_keeps_each_in_its_place(
+    toy_encoder: Encoder, toy_dataset: Dataset
+) -> None:
+    tuned = {role: copy.deepcopy(toy_encoder) for role in ("victim", "auxiliary", "bmp")}
+    with torch.no_grad():
+        for factor, encoder in enumerate(tuned.values(), start=2):
+            encoder.network.get_submodule("bn1").weight.mul_(factor)
+    images, _ = toy_dataset.take("fit")
+    expected = {role: features(encoder, images) for role, encoder in tuned.items()}
+    views = assemble(toy_encoder, tuned, images[:8])
+    for branch, role in ((MPAE[0], "victim"), (MPAE[1], "auxiliary"), (BMP, "bmp")):
+        found = features(views.encoders[branch], images)
+        assert ((found - expected[role]).norm() / expected[role].norm()) < 0.05
+    kinds = {type(module) for module in views.modules()}
+    assert not kinds & {torch.nn.BatchNorm2d, ScaledConv2d}
+    assert not any(p.requires_grad for p in views.parameters())
+    assert not views.training

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, embed
+from hardening.calibrate import Calibrated
+from hardening.detectors.consistency import BLUR
+from hardening.encoders import as_input
+from hardening.gate import BLUR_SIGMA, Gate, needs_tripwire
+from tests.support.patterns import patterns
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.from_numpy(patterns(2, seed=3)[0])
+
+
+def test_pictures_in_embedding_confidence_and_score_out(toy_calibrated: Calibrated, pixels: torch.Tensor) -> None:
+    embedding, confidence, score = toy_calibrated.gate(pixels)
+    assert (embedding.shape, confidence.shape, score.shape) == ((8, 96), (8, 4), (8,))
+    assert torch.allclose(embedding.norm(dim=1), torch.ones(8), atol=1e-5)
+
+
+def test_it_is_its_parts(toy_calibrated: Calibrated, pixels: torch.Tensor) -> None:
+    gate = toy_calibrated.gate
+    x = as_input(pixels.numpy())
+    features = {name: gate.views.encoders[name](x) for name in (*BRANCHES, TRIPWIRE)}
+    for name in (TRIPWIRE, BMP):
+        features[name + BLUR] = gate.views.encoders[name](gate.views.blur(x))
+    embedding, confidence, score = gate(pixels)
+    centres = [gate.get_buffer(f"centre_{name}") for name in BRANCHES]
+    assert torch.allclose(embedding, embed([features[name] for name in BRANCHES], centres), atol=1e-5)
+    expected_confidence, expected_score = gate.detector(features)
+    assert torch.allclose(confidence, expected_confidence, atol=1e-4)
+    assert torch.allclose(score, expected_score, atol=1e-3)
+
+
+def test_the_tripwire_is_watched_and_not_returned(toy_calibrated: Calibrated, pixels: torch.Tensor) -> None:
+    gate = toy_calibrated.gate
+    assert needs_tripwire(gate.detector)
+    assert set(gate.views.encoders) == {*MPAE, BMP, TRIPWIRE}
+    x = as_input(pixels.numpy())
+    features = gate.views(x, gate.wanted)
+    before = gate.embedding(features)
+    features[TRIPWIRE] = torch.zeros_like(features[TRIPWIRE])
+    assert torch.equal(gate.embedding(features), before)
+
+
+def test_neighbours_in_a_batch_do_not_change_an_answer(toy_calibrated: Calibrated, pixels: torch.Tensor) -> None:
+    together = toy_calibrated.gate(pixels)
+    noise = torch.randint(0, 256, pixels.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise[3] = pixels[3]
+    by_itself, with_others = toy_calibrated.gate(pixels[3:4]), toy_calibrated.gate(noise)
+    for whole, alone, among, tolerance in zip(together, by_itself, with_others, (1e-5, 1e-3, 1e-3), strict=True):
+        assert torch.allclose(whole[3], alone[0], rtol=0, atol=tolerance)
+        assert torch.allclose(whole[3], among[3], rtol=0, atol=tolerance)
+
+
+def test_the_blur_is_gaussian_and_keeps_flat_pictures(toy_calibrated: Calibrated) -> None:
+    views = toy_calibrated.gate.views
+    assert torch.allclose(views.blur(torch.full((1, 3, 9, 9), 0.3)), torch.full((1, 3, 9, 9), 0.3), atol=1e-6)
+    point = torch.zeros(1, 3, 9, 9)
+    point[:, :, 4, 4] = 1
+    spread = views.blur(point)[0, 0]
+    assert spread.sum().item() == pytest.approx(1, abs=1e-5)
+    y = torch.arange(9.0) - 4
+    # Cut off at two pixels, the spread is a little less than sigma.
+    assert ((spread.sum(1) * y**2).sum() ** 0.5).item() == pytest.approx(BLUR_SIGMA, rel=0.05)
+    picture = patterns(1, 32)[0][0]
+    by_pillow = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(BLUR_SIGMA)), dtype=float)
+    ours = views.blur(as_input(picture[None]))[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(ours - by_pillow)[2:-2, 2:-2].mean() < 2
+
+
+def test_views_that_no_detector_wants_are_not_computed(toy_calibrated: Calibrated) -> None:
+    gate = toy_calibrated.gate
+    assert len(gate.wanted) == len(set(gate.wanted)) == 6
+    assert isinstance(gate, Gate)

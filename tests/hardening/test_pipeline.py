@@ -1,0 +1,209 @@
+"""The whole path at its smallest: what `twogate harden` promises about kills, repeats and other people's folders."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from hardening import data, pipeline
+from hardening.files import load_tensors
+from hardening.pipeline import RunError, harden
+from hardening.recipe import load_recipe
+from model_store.bundle import load_bundle, verify_bundle
+from model_store.store import versions
+from tests.conftest import REPOSITORY
+from tests.hardening.conftest import QuietBars
+from tests.support.patterns import patterns, write_patterns, write_pictures
+
+
+def write_recipe(path: Path, *, labelled: bool = True, **changes: Any) -> Path:
+    def encoder(method: str, split: str) -> dict[str, Any]:
+        pretrain = {"method": method, "split": split, "epochs": 1, "batch_size": 16}
+        return {"architecture": "resnet8_cifar", "pretrain": pretrain}
+
+    content = {
+        "name": "tiny",
+        "pixels": {"height": 16, "width": 16},
+        "splits": {"public": 0.2, "local": 0.3, "validation": 0.1, "fit": 0.2, "calibration": 0.2},
+        "victim": encoder("supcon" if labelled else "simclr", "public"),
+        "auxiliary": encoder("vicreg", "public"),
+        "bmp": encoder("barlowtwins", "local"),
+        "finetune": {"epochs": 3, "batch_size": 16, "steps": 1, "flip": False},
+        "bmp_finetune": {"epochs": 1, "batch_size": 16, "epsilon": 0},
+        "evaluate": {"images": 20, "pgd_steps": 1, "pgd_restarts": 1, "uap_epochs": 1, "neighbours": 3},
+    }
+    path.write_text(yaml.safe_dump({**content, **changes}), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Killed:
+    root: Path
+    recipe: Path
+    store: Path
+    run: Path
+    bundle: Path
+    left: list[str]
+    """What lay in the run directory and the store after the kill."""
+
+
+def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """A run whose process is killed while it tunes, and that is then ended by the same command."""
+    folder = tmp_path_factory.mktemp("killed")
+    root, recipe = write_patterns(folder / "root", train=40, test=6), write_recipe(folder / "tiny.yaml")
+    store, run = folder / "store", folder / "run"
+    command = [sys.executable, "-m", "cli", "harden", str(recipe), "--data", str(root), "--store", str(store)]
+    command += ["--run", str(run), "--device", "cpu"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
+        wait_for("encoders/finetune *.checkpoint.pt", run, first)
+        first.send_signal(signal.SIGKILL)
+    left = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and root not in p.parents]
+    second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert second.returncode == 0, second.stderr
+    return Killed(root, recipe, store, run, Path(second.stdout.strip()), left)
+
+
+def weights(run: Path, role: str) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = load_tensors(run / "encoders" / f"finetune {role}.pt")["encoder"]
+    return state
+
+
+def test_a_killed_run_leaves_nothing_in_the_store(killed: Killed) -> None:
+    assert any("finetune" in name for name in killed.left)
+    assert not any(name.startswith("store") for name in killed.left)
+
+
+def test_the_same_command_goes_on_and_publishes(killed: Killed) -> None:
+    assert killed.bundle == killed.store / "tiny" / "1"
+    assert versions(killed.store, "tiny") == [1]
+    assert [p.name for p in (killed.store / "tiny").iterdir()] == ["1"]
+    assert verify_bundle(killed.bundle)
+    assert not list(killed.run.rglob("*checkpoint*"))
+    assert not [p for p in killed.run.rglob("*.partial*") if not p.name.startswith(".")]
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(killed: Killed, tmp_path: Path, bars: QuietBars) -> None:
+    recipe = load_recipe(killed.recipe)
+    dataset = data.prepare(killed.root, recipe.pixels, recipe.splits, recipe.seed, tmp_path / "data", bars)
+    for role in pipeline.ROLES:
+        pipeline.train_encoder(recipe, dataset, role, tmp_path, "cpu", bars)
+        expected, found = weights(tmp_path, role), weights(killed.run, role)
+        assert set(expected) == set(found)
+        assert all(torch.equal(value, found[name]) for name, value in expected.items()), role
+
+
+def again(killed: Killed, **changes: Any) -> Path:
+    arguments = {"recipe_path": killed.recipe, "data_root": killed.root, "store": killed.store, "run": killed.run}
+    return harden(**{**arguments, "device": "cpu", "bars": QuietBars(), **changes})
+
+
+def test_a_finished_run_returns_its_bundle(killed: Killed) -> None:
+    bars = QuietBars()
+    assert again(killed, bars=bars).samefile(killed.bundle)
+    assert versions(killed.store, "tiny") == [1]
+    assert any("already published" in line for line in bars.said)
+
+
+def test_a_run_of_another_recipe_or_data_folder_is_refused(killed: Killed, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="belongs to another recipe or data folder"):
+        again(killed, recipe_path=write_recipe(tmp_path / "other.yaml", seed=5))
+    with pytest.raises(RunError, match="belongs to another recipe or data folder"):
+        again(killed, data_root=tmp_path)
+    # The same recipe in another file is the same recipe.
+    assert again(killed, recipe_path=write_recipe(tmp_path / "same.yaml")).samefile(killed.bundle)
+
+
+@pytest.fixture
+def held(killed: Killed) -> Iterator[None]:
+    """Somebody else holds the run directory."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(killed.run / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.kill()
+
+
+@pytest.mark.usefixtures("held")
+def test_a_second_process_in_one_run_is_refused(killed: Killed) -> None:
+    with pytest.raises(RunError, match="another process is working in"):
+        again(killed)
+
+
+def test_the_lock_goes_with_its_owner(killed: Killed) -> None:
+    again(killed)
+    with (killed.run / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_manifest_and_the_card_tell_the_run(killed: Killed) -> None:
+    manifest = load_bundle(killed.bundle).manifest
+    provenance = manifest.provenance
+    assert provenance["recipe"]["name"] == "tiny"
+    assert provenance["data"]["splits"]["test"] == 24
+    assert provenance["data"]["classes"] == ["class0", "class1", "class2", "class3"]
+    assert {"torch", "onnx", "timm"} <= set(provenance["libraries"])
+    assert set(provenance["seconds"]) >= {"finetune victim", "pretrain bmp", "last call"}
+    assert manifest.embedding_dim == 3 * 64
+    assert [branch.role for branch in manifest.branches] == ["mpae", "mpae", "bmp", "tripwire"]
+    assert manifest.calibration.n == provenance["data"]["splits"]["calibration"]
+    card = (killed.bundle / "card.md").read_text(encoding="utf-8")
+    for text in ("consistency", provenance["commit"], "What it does not withstand", '"name": "tiny"'):
+        assert text in card
+    for file in (killed.bundle / "manifest.json", killed.bundle / "card.md"):
+        assert str(killed.root.parent) not in file.read_text(encoding="utf-8")
+    records = json.loads((killed.bundle / "report" / "metrics.json").read_text())["records"]
+    assert {record["metric"] for record in records} >= {"clean_acc", "robust_acc", "fooling_rate", "knn_acc", "auroc"}
+
+
+def test_the_papers_detector_goes_all_the_way(killed: Killed, tmp_path: Path) -> None:
+    """With the encoders of the finished run, as a resumed one would find them."""
+    run = tmp_path / "run"
+    for name in ("encoders", "data"):
+        shutil.copytree(killed.run / name, run / name)
+    recipe = write_recipe(tmp_path / "paper.yaml", detector="paper")
+    bundle = again(killed, recipe_path=recipe, run=run, store=tmp_path / "store")
+    manifest = load_bundle(bundle).manifest
+    assert manifest.detector.name == "paper"
+    assert manifest.detector.parameters["paper_threshold"] == 0.1
+    # The tripwire is not needed, so it is not shipped.
+    assert [branch.name for branch in manifest.branches] == ["mpae_victim", "mpae_auxiliary", "bmp"]
+    assert (bundle / "model.onnx").stat().st_size < (killed.bundle / "model.onnx").stat().st_size
+    assert "paper" in (bundle / "card.md").read_text(encoding="utf-8")
+
+
+def test_pictures_without_labels_go_all_the_way(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "root", patterns(50)[0])
+    recipe = write_recipe(tmp_path / "tiny.yaml", labelled=False, finetune={"epochs": 1, "steps": 1, "batch_size": 16})
+    bundle = harden(recipe, tmp_path / "root", tmp_path / "store", tmp_path / "run", "cpu", QuietBars())
+    manifest = load_bundle(bundle).manifest
+    assert manifest.detector.name == "consistency"
+    assert manifest.provenance["data"]["classes"] == []
+    card = (bundle / "card.md").read_text(encoding="utf-8")
+    assert "## Detection" in card
+    assert "Accuracy of task heads" not in card
