@@ -8,7 +8,7 @@ image=${1:-python:3.11-slim-bookworm}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/twogate
 tarball=$cache/base-bookworm-$(dpkg --print-architecture)-1.tar
 
-if buildah inspect --type image "docker.io/library/$image" >/dev/null 2>&1; then
+if buildah inspect --type image "$image" >/dev/null 2>&1; then
   exit 0
 fi
 if [[ ! -f $tarball ]]; then
@@ -26,4 +26,4 @@ fi
 container=$(buildah from scratch)
 buildah add --quiet "$container" "$tarball" / >/dev/null
 buildah config --cmd python3 "$container"
-buildah commit --quiet --rm "$container" "docker.io/library/$image" >/dev/null
+buildah commit --quiet --rm "$container" "$image" >/dev/null

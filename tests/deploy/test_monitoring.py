@@ -104,11 +104,12 @@ def test_a_real_prometheus_scrapes_the_service_and_answers_every_panel(
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
     try:
         wait_until(lambda: listening(port))
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1") as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            wait_until(lambda: client.get("/-/ready").status_code == 200)
 
             def result(query: str) -> list[Any]:
                 filled = query.replace("$job", ".+").replace("$__rate_interval", "1m")
-                answer = client.get("/query", params={"query": filled})
+                answer = client.get("/api/v1/query", params={"query": filled})
                 assert answer.status_code == 200, (query, answer.text)
                 found: list[Any] = answer.json()["data"]["result"]
                 return found
