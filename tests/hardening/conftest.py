@@ -75,14 +75,14 @@ def bars() -> QuietBars:
 
 
 @pytest.fixture(scope="session")
-def _toy_encoder() -> Encoder:
+def trained_toy() -> Encoder:
     return trained_encoder()
 
 
 @pytest.fixture
-def toy_encoder(_toy_encoder: Encoder) -> Encoder:
+def toy_encoder(trained_toy: Encoder) -> Encoder:
     """A tiny network that knows the patterns of tests.support.patterns, 16 x 16; a copy for each test."""
-    return copy.deepcopy(_toy_encoder)
+    return copy.deepcopy(trained_toy)
 
 
 @pytest.fixture(scope="session")
@@ -95,9 +95,9 @@ def toy_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="session")
-def toy_calibrated(toy_dataset: Dataset, _toy_encoder: Encoder) -> Calibrated:
+def toy_calibrated(toy_dataset: Dataset, trained_toy: Encoder) -> Calibrated:
     """A calibrated gate whose victim is undefended, with the other branches other networks; read only."""
     tuned = {"victim": trained_encoder(seed=1), "auxiliary": trained_encoder(seed=2), "bmp": trained_encoder(seed=3)}
     sample = toy_dataset.images[toy_dataset.splits["fit"][:8]]
-    views = assemble(copy.deepcopy(_toy_encoder), tuned, sample)
+    views = assemble(copy.deepcopy(trained_toy), tuned, sample)
     return calibrate(views, toy_dataset, "consistency", "cpu", QuietBars())

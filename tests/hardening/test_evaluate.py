@@ -77,9 +77,9 @@ def run(calibrated: Calibrated, victim: Encoder, dataset: Dataset, seed: int = 0
 
 
 @pytest.fixture(scope="module")
-def evaluation(toy_calibrated: Calibrated, _toy_encoder: Encoder, toy_dataset: Dataset) -> Evaluation:
+def evaluation(toy_calibrated: Calibrated, trained_toy: Encoder, toy_dataset: Dataset) -> Evaluation:
     torch.set_num_threads(1)
-    return run(toy_calibrated, _toy_encoder, toy_dataset)
+    return run(toy_calibrated, trained_toy, toy_dataset)
 
 
 def value(evaluation: Evaluation, metric: str, subject: str, condition: str) -> float:
@@ -123,30 +123,30 @@ def test_attacks_on_the_victim_are_felt_by_the_victim(evaluation: Evaluation) ->
 
 
 def test_the_calibration_is_not_touched(
-    evaluation: Evaluation, toy_calibrated: Calibrated, _toy_encoder: Encoder, toy_dataset: Dataset
+    evaluation: Evaluation, toy_calibrated: Calibrated, trained_toy: Encoder, toy_dataset: Dataset
 ) -> None:
     """Other test images, other numbers; the thresholds stay where clean images put them."""
     before = toy_calibrated.calibration.scores
     images = np.array(toy_dataset.images)
     images[toy_dataset.splits["test"]] = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3))
-    other = run(toy_calibrated, _toy_encoder, dataclasses.replace(toy_dataset, images=images))
+    other = run(toy_calibrated, trained_toy, dataclasses.replace(toy_dataset, images=images))
     assert toy_calibrated.calibration.scores == before
     assert value(other, "fpr@0.05", "consistency", CLEAN) > 0.5  # noise is no clean photograph, and nothing adapts to it
     assert value(evaluation, "fpr@0.05", "consistency", CLEAN) < 0.2
 
 
 def test_it_is_repeatable(
-    evaluation: Evaluation, toy_calibrated: Calibrated, _toy_encoder: Encoder, toy_dataset: Dataset
+    evaluation: Evaluation, toy_calibrated: Calibrated, trained_toy: Encoder, toy_dataset: Dataset
 ) -> None:
-    again = run(toy_calibrated, _toy_encoder, toy_dataset)
+    again = run(toy_calibrated, trained_toy, toy_dataset)
     assert again.records == evaluation.records
 
 
 def test_without_labels_detection_is_still_measured(
-    toy_calibrated: Calibrated, _toy_encoder: Encoder, toy_dataset: Dataset
+    toy_calibrated: Calibrated, trained_toy: Encoder, toy_dataset: Dataset
 ) -> None:
     dataset = dataclasses.replace(toy_dataset, labels=np.full_like(toy_dataset.labels, -1), classes=())
-    found = run(dataclasses.replace(toy_calibrated, heads={}), _toy_encoder, dataset)
+    found = run(dataclasses.replace(toy_calibrated, heads={}), trained_toy, dataset)
     metrics = {record.metric.split("@")[0] for record in found.records}
     assert metrics == {"auroc", "tpr", "fpr"}
     assert {record.subject for record in found.records} == {"consistency"}

@@ -139,7 +139,10 @@ def test_a_run_of_another_recipe_or_data_folder_is_refused(killed: Killed, tmp_p
 @pytest.fixture
 def held(killed: Killed) -> Iterator[None]:
     """Somebody else holds the run directory."""
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(killed.run / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -199,8 +202,13 @@ def test_the_papers_detector_goes_all_the_way(killed: Killed, tmp_path: Path) ->
 
 def test_pictures_without_labels_go_all_the_way(tmp_path: Path) -> None:
     write_pictures(tmp_path / "root", patterns(50)[0])
-    recipe = write_recipe(tmp_path / "tiny.yaml", labelled=False, finetune={"epochs": 1, "steps": 1, "batch_size": 16})
-    bundle = harden(recipe, tmp_path / "root", tmp_path / "store", tmp_path / "run", "cpu", QuietBars())
+    file = write_recipe(tmp_path / "tiny.yaml", labelled=False, finetune={"epochs": 1, "steps": 1, "batch_size": 16})
+    recipe, root, run = load_recipe(file), tmp_path / "root", tmp_path / "run"
+    # The trainings in this process, which is quicker than starting others; `harden` finds them done.
+    dataset = data.prepare(root, recipe.pixels, recipe.splits, recipe.seed, run / "data", QuietBars())
+    for role in pipeline.ROLES:
+        pipeline.train_encoder(recipe, dataset, role, run, "cpu", QuietBars())
+    bundle = harden(file, root, tmp_path / "store", run, "cpu", QuietBars())
     manifest = load_bundle(bundle).manifest
     assert manifest.detector.name == "consistency"
     assert manifest.provenance["data"]["classes"] == []

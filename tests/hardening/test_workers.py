@@ -36,11 +36,11 @@ def test_one_worker_is_this_process(tmp_path: Path, bars: QuietBars) -> None:
 
 
 def test_workers_are_processes_and_their_words_come_here(tmp_path: Path, bars: QuietBars) -> None:
-    run_jobs([Job(name, jobs.write, (tmp_path / name, name)) for name in ("a", "b", "c")], 2, bars)
-    found = [(tmp_path / name).read_text().split() for name in ("a", "b", "c")]
-    assert [name for name, _ in found] == ["a", "b", "c"]
-    assert len({os.getpid(), *(int(pid) for _, pid in found)}) == 4
-    assert sorted(bars.said) == ["writing a", "writing b", "writing c"]
+    run_jobs([Job(name, jobs.write, (tmp_path / name, name)) for name in ("a", "b")], 2, bars)
+    found = [(tmp_path / name).read_text().split() for name in ("a", "b")]
+    assert [name for name, _ in found] == ["a", "b"]
+    assert len({os.getpid(), *(int(pid) for _, pid in found)}) == 3
+    assert sorted(bars.said) == ["writing a", "writing b"]
 
 
 def test_a_failure_is_a_joberror_that_names_the_job(
