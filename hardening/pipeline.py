@@ -225,11 +225,12 @@ def _branches(recipe: Recipe, calibrated: Calibrated, tuned: dict[str, Encoder])
 
 def _training_seconds(run: Path) -> dict[str, int]:
     """Wall-clock seconds of each training, added up over its epochs, those before a kill included."""
-    seconds = {}
-    for file in sorted((run / "encoders").glob("*.pt")):
-        history = load_tensors(file)["history"]
-        seconds[file.stem] = round(sum(record.get("seconds", 0.0) for record in history))
-    return seconds
+    histories = {file.stem: load_tensors(file)["history"] for file in sorted((run / "encoders").glob("*.pt"))}
+    return {
+        job: round(sum(record["seconds"] for record in history))
+        for job, history in histories.items()
+        if all("seconds" in record for record in history)
+    }
 
 
 def _card(recipe: Recipe, dataset: data.Dataset, manifest: Manifest, model: bytes) -> dict[str, Any]:
