@@ -40,7 +40,7 @@ def test_blocks_and_width_of_the_cifar_resnet() -> None:
 
 def test_the_stem_for_small_pictures_does_not_shrink_them() -> None:
     network = create("resnet18_cifar")
-    assert network.maxpool(network.conv1(torch.rand(1, 3, 32, 32))).shape == (1, 64, 32, 32)
+    assert network.maxpool(network.conv1(torch.rand(1, 3, 32, 32))).shape == (1, 64, 32, 32)  # type: ignore[operator]
 
 
 def test_the_shortcut_subsamples_and_fills_with_zeros_on_both_sides() -> None:

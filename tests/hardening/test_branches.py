@@ -58,7 +58,7 @@ def test_the_embedding_has_unit_length_and_fixed_weights() -> None:
     found = embed(parts, centres)
     assert found.shape == (6, 14)
     assert torch.allclose(found.norm(dim=1), torch.ones(6), atol=1e-6)
-    for part in found.split([4, 7, 3], dim=1):
+    for part in found.split([4, 7, 3], dim=1):  # type: ignore[no-untyped-call]
         assert torch.allclose(part.norm(dim=1), torch.full((6,), 1 / math.sqrt(3)), atol=1e-6)
     assert torch.allclose(found[:, :4] * math.sqrt(3), torch.nn.functional.normalize(parts[0] - centres[0], dim=1), atol=1e-6)
     # An image's embedding is its own affair.

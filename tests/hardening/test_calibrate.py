@@ -94,7 +94,7 @@ def test_assembly_ships_folded_rounded_weights_and_keeps_each_in_its_place(
     tuned = {role: copy.deepcopy(toy_encoder) for role in ("victim", "auxiliary", "bmp")}
     with torch.no_grad():
         for factor, encoder in enumerate(tuned.values(), start=2):
-            encoder.network.get_submodule("bn1").weight.mul_(factor)
+            encoder.network.get_submodule("bn1").weight.mul_(factor)  # type: ignore[operator]
     images, _ = toy_dataset.take("fit")
     expected = {role: features(encoder, images) for role, encoder in tuned.items()}
     views = assemble(toy_encoder, tuned, images[:8])

@@ -108,6 +108,7 @@ def test_the_golden_vector_is_what_the_graph_answers(model: bytes, session: ort.
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 40)])
 def test_made_up_images_are_pictures_and_always_the_same(height: int, width: int) -> None:
     first = made_up_images(height, width)
-    assert (first.shape, first.dtype) == ((3, height, width, 3), np.uint8)
+    assert first.shape == (3, height, width, 3)
+    assert first.dtype == np.uint8
     np.testing.assert_array_equal(first, made_up_images(height, width))
     assert all(picture.std() > 20 for picture in first)

@@ -40,7 +40,7 @@ class Training:
             x = torch.randn(8, 4, generator=generator) + torch.rand(1)
             loss = (self.layer(x) - x.flip(1)).square().mean()
             self.optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimiser.step()
             self.schedule.step()
             if number == self.fail_at:

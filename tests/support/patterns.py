@@ -54,7 +54,7 @@ def trained_encoder(*, seed: int = 0, epochs: int = 6) -> Encoder:
         head = torch.nn.Linear(encoder.dim, CLASSES)
         optimiser = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=5e-3)
         for _ in range(epochs):
-            for chosen in torch.randperm(len(images)).split(32):
+            for chosen in torch.randperm(len(images)).split(32):  # type: ignore[no-untyped-call]
                 loss = F.cross_entropy(
                     head(encoder(as_input(images[chosen.numpy()]))), torch.as_tensor(labels[chosen.numpy()])
                 )

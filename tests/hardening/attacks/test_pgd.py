@@ -87,7 +87,7 @@ def test_an_images_gradient_does_not_depend_on_its_batch() -> None:
     seen: list[Tensor] = []
 
     def loss(x: Tensor) -> Tensor:
-        x.register_hook(seen.append)
+        x.register_hook(seen.append)  # type: ignore[no-untyped-call]
         return x.square().sum((1, 2, 3))
 
     images = torch.rand(4, 3, 4, 4, generator=generator())
