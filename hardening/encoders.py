@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,11 @@ class Encoder(nn.Module):
         return features
 
 
-def build(spec: EncoderSpec, seed: int) -> Encoder:
+def build(spec: EncoderSpec, seed: int, say: Callable[[str], None] | None = None) -> Encoder:
     """Build the encoder that a recipe names, in eval mode, with its weights if it has any.
 
-    EncoderError lists missing and unexpected keys; RecipeError where the architecture does not exist.
+    EncoderError lists missing and unexpected keys; RecipeError where the architecture does not exist. `say` is told which
+    tensors of the file were a classifier's or projector's and so left aside.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,7 +65,10 @@ def build(spec: EncoderSpec, seed: int) -> Encoder:
     if spec.weights is not None and spec.weights != "timm":
         state = read_state(find_weights(spec.weights))
         adapt = _by_order if spec.keys == "order" else _by_name
-        network.load_state_dict(adapt(state, network.state_dict(), spec.weights), strict=True)
+        taken, aside = adapt(state, network.state_dict(), spec.weights)
+        network.load_state_dict(taken, strict=True)
+        if aside and say is not None:
+            say(f"{spec.weights}: {_listed('left aside', aside).strip()}")
     return Encoder(network, spec.mean, spec.std).eval()
 
 
@@ -102,12 +106,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _by_name(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Rename solo-learn's and DataParallel's keys; every difference that remains is an error with a list."""
+_Adapted = tuple[dict[str, Tensor], list[str]]
+
+
+def _by_name(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> _Adapted:
+    """Rename solo-learn's and DataParallel's keys; (tensors, heads left aside). Any other difference is an error."""
+    aside: list[str] = []
     for prefix in _PREFIXES:
         if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
-    state = {name: value for name, value in state.items() if name in expected or not name.startswith(_HEADS)}
+            aside += [name for name in state if name.startswith(_HEADS)]
+            state = {name.removeprefix(prefix): v for name, v in state.items() if not name.startswith(_HEADS)}
+    aside += [name for name in state if name not in expected and name.startswith(_HEADS)]
+    state = {name: value for name, value in state.items() if name not in aside}
     missing = sorted(set(expected) - set(state))
     extra = sorted(set(state) - set(expected))
     wrong = [
@@ -122,10 +132,10 @@ def _by_name(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source
             + _listed("unexpected", extra)
             + _listed("of another shape", wrong)
         )
-    return dict(state)
+    return dict(state), aside
 
 
-def _by_order(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def _by_order(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> _Adapted:
     """Pair keys one after the other; a classifier's tensors at the end of the file are left over, nothing else."""
     given = list(state.items())
     pairs = list(zip(expected, given, strict=False))
@@ -143,7 +153,7 @@ def _by_order(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sourc
             + _listed("missing", short)
             + _listed("left over", rest)
         )
-    return {name: value for name, (_, value) in pairs}
+    return {name: value for name, (_, value) in pairs}, [name for name, _ in given[len(expected) :]]
 
 
 def _listed(what: str, items: list[str], most: int = 12) -> str:
@@ -156,8 +166,8 @@ def _listed(what: str, items: list[str], most: int = 12) -> str:
 class ScaledConv2d(nn.Conv2d):
     """A convolution with the BatchNorm behind it folded in: weight * gain, one gain per output channel, and a bias.
 
-    The gain stays apart from the weight because Adam's steps are as large for small weights as for large ones: tuned
-    through plainly multiplied weights, EfficientNet-Lite diverged at learning rates that it stands in this form.
+    The gain stays apart from the weight because Adam's steps are as large for small weights as for large ones: multiplied
+    into the weight, a small gain would make every step of that channel a leap.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
@@ -210,9 +220,10 @@ class ScaledConv2d(nn.Conv2d):
 def fold_batch_norm(encoder: Encoder, images: Tensor) -> bool:
     """Fold every BatchNorm into the convolution before it, in place; returns whether that was possible.
 
-    A folded encoder computes the same features in eval mode, is about 1.6 times as fast to train on a CPU, and its
-    statistics cannot be spoilt by adversarial batches. Convolution and BatchNorm are paired as neighbours; `images`
-    [N, 3, H, W] prove the pairing, and an encoder that does not withstand the proof is left as it was.
+    A folded encoder computes the same features in eval mode, is faster to train, and its statistics cannot be spoilt by
+    adversarial batches. Convolution and BatchNorm are paired as neighbours; `images` [N, 3, H, W] prove the pairing, and an
+    encoder that does not withstand the proof, or has convolutions of another kind (timm's `tf_` networks pad in their own
+    way), is left as it was.
     """
     encoder.eval()
     with torch.no_grad():

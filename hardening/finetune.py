@@ -2,9 +2,10 @@
 
 ZePAD (ICLR 2026) section 3 and Gen-AF (S&P 2024) stage 1, with the flaws of their published code mended: the attack sees
 normalised images (the normalisation is part of the encoder), its gradients never reach the weights, it starts at random,
-the regulariser does not depend on the batch size, and the epoch is chosen on a validation split. Two things are ours:
-BatchNorm is folded away before tuning, so its statistics cannot drift; and an anchor keeps the tuned features near the
-public encoder's, because the product is an embedding, not a classifier.
+the regulariser is a mean over images, and the epoch is chosen on a validation split. Two things are ours: BatchNorm keeps
+the public encoder's statistics, folded into the convolutions where that is possible and frozen where it is not, so that
+adversarial batches cannot spoil them; and an anchor keeps the tuned features near the public encoder's, because the product
+is an embedding, not a classifier.
 """
 
 from __future__ import annotations

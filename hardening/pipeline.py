@@ -163,7 +163,7 @@ def public_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, 
     spec: Any = getattr(recipe, role)
     # Encoders of one architecture must not start from the same random weights.
     seed = recipe.seed + ROLES.index(role)
-    encoder = encoders.build(spec, seed)
+    encoder = encoders.build(spec, seed, bars.say)
     if spec.pretrain is None:
         return encoder
     images, labels = dataset.take(spec.pretrain.split)
