@@ -163,7 +163,9 @@ def public_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, 
     spec: Any = getattr(recipe, role)
     # Encoders of one architecture must not start from the same random weights.
     seed = recipe.seed + ROLES.index(role)
-    encoder = encoders.build(spec, seed, bars.say)
+    # Said once, not again when a finished training is loaded.
+    done = (run / "encoders" / f"finetune {role}.pt").exists()
+    encoder = encoders.build(spec, seed, None if done else bars.say)
     if spec.pretrain is None:
         return encoder
     images, labels = dataset.take(spec.pretrain.split)
