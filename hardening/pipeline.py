@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -44,8 +43,8 @@ from model_store.store import publishing
 ROLES = ("auxiliary", "victim", "bmp")
 _LIBRARIES = ("torch", "timm", "lightly", "scikit-learn", "onnx", "onnxruntime", "numpy", "pillow")
 _LIMITS = """\
-- An attacker who has the defence's weights and aims at score and embedding together evades it; that attack is not part of
-  these tables.
+- Assume that an attacker who has the defence's weights, and aims at score and embedding together, evades it. That attack
+  has not been measured here.
 - Everything above was attacked on the undefended public victim, without knowledge of the defence, and at one budget.
 - The thresholds hold for images like those of the calibration. Other domains, strong blur or heavy editing raise false
   alarms: compare the table above, and calibrate on your own images.
@@ -87,7 +86,6 @@ def harden(
 
 
 def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, bars: Bars) -> Path:
-    started = time.monotonic()
     dataset = data.prepare(data_root, recipe.pixels, recipe.splits, recipe.seed, run / "data", bars)
     bars.say(f"data: {', '.join(f'{len(indices)} {name}' for name, indices in dataset.splits.items() if len(indices))}")
     workers = min(len(ROLES), os.cpu_count() or 1) if device == "cpu" else 1
@@ -127,7 +125,7 @@ def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, b
             "commit": _commit(),
             "device": device if device == "cpu" else torch.cuda.get_device_name(),
             "cores": os.cpu_count(),
-            "seconds": {**_training_seconds(run), "last call": round(time.monotonic() - started)},
+            "seconds": _training_seconds(run),
             "parity": parity,
         },
     )
@@ -249,10 +247,10 @@ def _card(recipe: Recipe, dataset: data.Dataset, manifest: Manifest, model: byte
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     provenance = manifest.provenance
-    spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in provenance["seconds"].items())
+    spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in provenance["seconds"].items()) or "nothing to train"
     making = (
         f"`twogate harden` with the recipe below, seed {recipe.seed}, commit {provenance['commit']}, on "
-        f"{provenance['cores']} cores ({provenance['device']}): {spent} (trainings may have run side by side). Images: "
+        f"{provenance['cores']} cores ({provenance['device']}): {spent} (wall clock; side by side where there are cores). Images: "
         + ", ".join(f"{len(indices)} {name}" for name, indices in dataset.splits.items() if len(indices))
         + f"; sha256 {dataset.digest[:16]}….\n\nONNX against torch on real images, largest difference: "
         + ", ".join(f"{name} {value:.1e}" for name, value in provenance["parity"].items())
