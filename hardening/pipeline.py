@@ -250,7 +250,8 @@ def _card(recipe: Recipe, dataset: data.Dataset, manifest: Manifest, model: byte
     spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in provenance["seconds"].items()) or "nothing to train"
     making = (
         f"`twogate harden` with the recipe below, seed {recipe.seed}, commit {provenance['commit']}, on "
-        f"{provenance['cores']} cores ({provenance['device']}): {spent} (wall clock; side by side where there are cores). Images: "
+        f"{provenance['cores']} cores ({provenance['device']}): {spent} (wall clock; side by side where there are cores). "
+        "Images: "
         + ", ".join(f"{len(indices)} {name}" for name, indices in dataset.splits.items() if len(indices))
         + f"; sha256 {dataset.digest[:16]}….\n\nONNX against torch on real images, largest difference: "
         + ", ".join(f"{name} {value:.1e}" for name, value in provenance["parity"].items())

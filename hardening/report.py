@@ -85,7 +85,8 @@ def render_card(evaluation: Evaluation, card: Mapping[str, Any]) -> str:
     settings = evaluation.settings
     attack = (
         f"eps {settings['epsilon']:g}/255, L-infinity, made on the undefended public victim, clipped and rounded to 8 bits; "
-        f"PGD: {settings['pgd_steps']} steps, best of {settings['pgd_restarts']} random starts per image; universal: one perturbation for "
+        f"PGD: {settings['pgd_steps']} steps, best of {settings['pgd_restarts']} random starts per image; "
+        "universal: one perturbation for "
         f"all images, {settings['uap_epochs']} epochs over the tuning images"
     )
     systems = list(dict.fromkeys(r.subject for r in evaluation.records if r.metric == "clean_acc"))

@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     shutdown_grace_s: int = Field(20, ge=1, description="seconds that requests in flight get to finish after that")
 
     # Batching
-    max_batch: int = Field(8, ge=1, description="images in one forward")
+    max_batch: int = Field(4, ge=1, description="images in one forward; on CPUs more of them take memory and gain no speed")
     max_wait_ms: float = Field(2, ge=0, description="milliseconds that an image waits for others to share a forward")
 
     @field_validator("api_keys", mode="before")

@@ -52,6 +52,14 @@ def test_the_card_shows_the_records(default: Path) -> None:
             assert f"| {record['subject']} | {100 * record['value']:.1f} |" in card
 
 
+def test_the_numbers_in_the_readme_are_the_cards(default: Path) -> None:
+    card = (default / "card.md").read_text(encoding="utf-8").splitlines()
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in readme if line.startswith(("| undefended victim", "| returned embedding", "| consistency"))]
+    assert len(rows) == 4
+    assert all(row in card for row in rows)
+
+
 def test_the_returned_embedding_stays_within_three_points_of_the_undefended_victim(default: Path) -> None:
     records = json.loads((default / "report" / "metrics.json").read_text(encoding="utf-8"))["records"]
     clean = {r["subject"]: r["value"] for r in records if r["metric"] == "knn_acc" and r["condition"] == "clean"}

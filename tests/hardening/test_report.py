@@ -87,7 +87,7 @@ def test_the_cards_numbers_are_the_records() -> None:
 def test_the_card_says_what_was_attacked_and_how() -> None:
     card = render_card(made_up(), CARD)
     assert "eps 10/255, L-infinity, made on the undefended public victim" in card
-    assert "20 steps, 2 restarts" in card
+    assert "20 steps, best of 2 random starts" in card
     for text in ("# toy", "A toy.", "FACTS", "LIMITS", "MAKING", "fixed on the calibration images"):
         assert text in card
 
