@@ -81,6 +81,16 @@ def test_the_script_in_the_readme_gives_the_embedding_of_the_service(gate: Local
         np.testing.assert_allclose(printed[-1], judged.verdict.score, atol=1e-3)
 
 
+def test_photos_pass_and_most_of_their_attacked_versions_do_not(gate: LocalGate, photos: list[Path]) -> None:
+    attacked = [path.parent / "attacked" / f"{path.stem}.png" for path in photos]
+
+    def flags(paths: list[Path]) -> list[bool]:
+        return [judged.verdict.flagged for judged in gate.judge([gate.decode(path.read_bytes()) for path in paths])]
+
+    assert not any(flags(photos))
+    assert sum(flags(attacked)) == 3  # of four, as the README says
+
+
 def test_a_photo_in_its_eight_orientations_gets_one_answer(gate: LocalGate, photo: bytes) -> None:
     upright = Image.open(io.BytesIO(photo)).convert("RGB").resize((512, 512))
     undo = {
