@@ -15,8 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.settings import Settings
 from tests.deploy.ports import free_port, listening
-from tests.service.support import ThreadServer, wait_until
+from tests.service.support import ThreadServer, thread_server, wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
@@ -164,3 +165,16 @@ def test_with_the_gate_down_uploads_are_refused_and_the_rest_works(proxied: Prox
 def test_with_the_gate_down_the_policy_may_be_to_pass(proxied: Proxied, photo: bytes) -> None:
     with proxied(gate_port=free_port(), unavailable="pass") as client:
         assert client.post("/upload", files={"picture": ("late.jpg", photo)}).status_code == 201
+
+
+def test_with_the_default_bundle_a_photo_passes_and_its_attacked_version_does_not(
+    proxied: Proxied, photos: list[Path]
+) -> None:
+    attacked = photos[0].parent / "attacked" / f"{photos[0].stem}.png"
+    with thread_server(Settings(threads=1)) as real, proxied(gate_port=real.port) as client:
+        passed = client.post("/upload", files={"picture": ("album.jpg", photos[0].read_bytes())})
+        refused = client.post("/upload", files={"picture": ("attacked.png", attacked.read_bytes())})
+        assert (passed.status_code, refused.status_code) == (201, 422)
+        assert refused.json()["type"] == "/problems/adversarial-suspected"
+        assert client.get("/pictures/album.jpg").content == photos[0].read_bytes()
+        assert client.get("/pictures/attacked.png").status_code == 404

