@@ -42,6 +42,7 @@ from model_store.store import publishing
 
 ROLES = ("auxiliary", "victim", "bmp")
 _LIBRARIES = ("torch", "timm", "lightly", "scikit-learn", "onnx", "onnxruntime", "numpy", "pillow")
+_USUAL_BUDGET = 0.01
 _LIMITS = """\
 - Assume that an attacker who has the defence's weights, and aims at score and embedding together, evades it. That attack
   has not been measured here.
@@ -136,6 +137,12 @@ def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, b
     for line in verify_bundle(place):
         bars.say(f"verified {line}")
     bars.say(f"published {place}")
+    smallest = manifest.calibration.smallest_budget
+    if smallest > _USUAL_BUDGET:
+        bars.say(
+            f"its {manifest.calibration.n} calibration images support no max_fpr below {smallest:.2g}, and serving asks for "
+            f"{_USUAL_BUDGET:g}: serve it with --max-fpr 0.05 or so, or bring more clean images"
+        )
     return place
 
 
