@@ -202,7 +202,7 @@ def _draw(groups: Sequence[str], labels: Sequence[int], shares: Splits, seed: in
     result: dict[str, list[int]] = {name: [] for name in (*SPLITS, "unused")}
     for name in ("test", "calibration"):
         result[name] = np.flatnonzero(group == name).tolist()
-    share = shares.model_dump()
+    share = shares.model_dump(exclude={"seed"})
     if result["calibration"]:
         share["calibration"] = 0.0
     if not result["test"]:

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -32,6 +31,7 @@ from hardening.finetune import finetune
 from hardening.memory import keep_freed_memory
 from hardening.pretrain import pretrain
 from hardening.progress import Bars
+from hardening.provenance import commit
 from hardening.recipe import Recipe, load_recipe
 from hardening.report import write_report
 from hardening.workers import Job, run_jobs
@@ -87,7 +87,7 @@ def harden(
 
 
 def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, bars: Bars) -> Path:
-    dataset = data.prepare(data_root, recipe.pixels, recipe.splits, recipe.seed, run / "data", bars)
+    dataset = data.prepare(data_root, recipe.pixels, recipe.splits, recipe.splits.seed, run / "data", bars)
     bars.say(f"data: {', '.join(f'{len(indices)} {name}' for name, indices in dataset.splits.items() if len(indices))}")
     workers = min(len(ROLES), os.cpu_count() or 1) if device == "cpu" else 1
     jobs = [Job(role, _train_job, (recipe, data_root, role, run, device)) for role in ROLES]
@@ -123,7 +123,7 @@ def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, b
             "data": dataset.summary(),
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             "python": platform.python_version(),
-            "commit": _commit(),
+            "commit": commit(),
             "device": device if device == "cpu" else torch.cuda.get_device_name(),
             "cores": os.cpu_count(),
             "seconds": _training_seconds(run),
@@ -189,7 +189,7 @@ def public_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, 
 
 
 def _train_job(recipe: Recipe, data_root: Path, role: str, run: Path, device: str, *, bars: Bars) -> None:
-    dataset = data.prepare(data_root, recipe.pixels, recipe.splits, recipe.seed, run / "data", bars)
+    dataset = data.prepare(data_root, recipe.pixels, recipe.splits, recipe.splits.seed, run / "data", bars)
     train_encoder(recipe, dataset, role, run, device, bars)
 
 
@@ -271,19 +271,6 @@ def _card(recipe: Recipe, dataset: data.Dataset, manifest: Manifest, model: byte
         "limits": _LIMITS,
         "making": making,
     }
-
-
-def _commit() -> str:
-    """The commit of this code, with `+` behind it where the tree has changes; `unknown` outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from model_store.errors import TwogateError
 from model_store.pixels import PixelRule
 
 PACKAGE_PREFIX = "package:"
-SSLMethod = Literal["simclr", "byol", "vicreg", "barlowtwins", "supcon"]
+SSLMethod = Literal["simclr", "moco", "nnclr", "byol", "dino", "swav", "vicreg", "barlowtwins", "supcon"]
 
 
 class RecipeError(TwogateError):
@@ -25,7 +25,7 @@ class _Part(BaseModel):
 
 
 class Splits(_Part):
-    """Shares of `train/`, drawn once per class with the seed and written down. They are scaled to sum to 1."""
+    """Shares of `train/`, drawn once per class with a seed of their own and written down. They are scaled to sum to 1."""
 
     public: float = Field(default=0.0, ge=0, description="pre-trains stand-ins for public encoders; never used locally")
     local: float = Field(default=0.6, gt=0, description="adversarial tuning, and all that the BMP branch ever sees")
@@ -35,6 +35,7 @@ class Splits(_Part):
         default=0.16, ge=0, description="the score's quantile table; not drawn where the data has a folder calibration/"
     )
     unused: float = Field(default=0.0, ge=0, description="left out, to make a run smaller")
+    seed: int = Field(default=0, ge=0, description="of the draw; apart from the recipe's, so that seeds share their test")
 
 
 class Pretrain(_Part):

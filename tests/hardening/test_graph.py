@@ -1,0 +1,91 @@
+"""The graph in torch answers as ONNX Runtime does, and its gradients are those of what it computes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from hardening.branches import BRANCHES, TRIPWIRE
+from hardening.calibrate import Calibrated
+from hardening.data import Dataset
+from hardening.encoders import as_input
+from hardening.export import export
+from hardening.graph import OUTPUTS, Graph, GraphError, run_uint8
+
+
+@pytest.fixture(scope="module")
+def pictures(toy_dataset: Dataset) -> NDArray[np.uint8]:
+    return toy_dataset.take("test")[0][:9]
+
+
+@pytest.fixture(scope="module")
+def model(toy_calibrated: Calibrated, pictures: NDArray[np.uint8]) -> bytes:
+    return export(copy.deepcopy(toy_calibrated.gate), pictures[:2])
+
+
+def test_answers_as_onnx_runtime(model: bytes, pictures: NDArray[np.uint8]) -> None:
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    expected = session.run(list(OUTPUTS), {"images": pictures})
+    found = run_uint8(Graph(model), pictures, OUTPUTS, batch=3)
+    for name, want in zip(OUTPUTS, expected, strict=True):
+        np.testing.assert_allclose(found[name].numpy(), want, atol=1e-4)
+
+
+def test_gradient_is_that_of_the_score(model: bytes, pictures: NDArray[np.uint8]) -> None:
+    graph = Graph(model)
+    x = as_input(pictures[:2]).requires_grad_()
+    (gradient,) = torch.autograd.grad(graph(x, ("score",))["score"].sum(), x)
+    assert gradient.abs().sum() > 0
+    direction = gradient / gradient.norm()
+    step = 2e-3
+    with torch.no_grad():
+        up, down = (graph(x + sign * step * direction, ("score",))["score"].sum() for sign in (1, -1))
+    assert (up - down) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.3)
+
+
+def test_encoders_are_the_gates_own(model: bytes, toy_calibrated: Calibrated, pictures: NDArray[np.uint8]) -> None:
+    graph = Graph(model)
+    x = as_input(pictures)
+    with torch.no_grad():
+        expected = toy_calibrated.gate.views(x, (*BRANCHES, TRIPWIRE))
+        for branch, features in expected.items():
+            torch.testing.assert_close(graph.encoder(branch)(x), features, atol=1e-4, rtol=1e-3)
+
+
+def test_an_encoder_holds_its_own_convolutions_only(model: bytes) -> None:
+    graph = Graph(model)
+    encoder = graph.encoder(TRIPWIRE)
+    seen: list[object] = []
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, *_: seen.append(module))
+    encoder(torch.zeros(1, 3, 16, 16))
+    assert 0 < len(set(seen)) == len(encoder.convolutions) < len(graph.convolutions)
+
+
+def test_unknown_operator_is_named() -> None:
+    node = helper.make_node("NonZero", ["images"], ["score"])
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [node], "g", [info("images", TensorProto.UINT8, None)], [info("score", TensorProto.INT64, None)]
+    )
+    with pytest.raises(GraphError, match="NonZero"):
+        Graph(helper.make_model(graph).SerializeToString())
+
+
+def test_unknown_branch_says_what_there_is(model: bytes) -> None:
+    with pytest.raises(GraphError, match="bmp"):
+        Graph(model).encoder("nobody")
+
+
+def test_constants_are_computed_once(model: bytes) -> None:
+    kinds = {node.op_type for node in onnx.load_from_string(model).graph.node}
+    assert "Conv" in kinds
+    assert all(name not in step.outputs for step in Graph(model).steps for name in Graph(model).constants)
