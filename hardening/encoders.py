@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import pickle
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,27 @@ from hardening.recipe import PACKAGE_PREFIX, EncoderSpec
 from model_store.errors import TwogateError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-# solo-learn keeps the encoder under `backbone.` (older releases `encoder.`); DataParallel adds `module.`.
+# solo-learn keeps the encoder under `backbone.` (older releases `encoder.`); DataParallel adds `module.`. What stands beside
+# them belongs to the pre-training: projectors, queues, prototypes, the momentum twin `momentum_backbone.`.
 _PREFIXES = ("module.", "backbone.", "encoder.")
 # A classifier's weights end the files of supervised encoders; an encoder has no use for them.
 _HEADS = ("fc.", "classifier.", "head.", "_fc.", "projector.", "predictor.", "momentum_", "queue", "prototypes")
+# Modules whose objects training frameworks put beside the weights: settings, paths, the state of callbacks.
+_SETTINGS = (
+    "argparse",
+    "collections",
+    "omegaconf",
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "pathlib",
+    "typing",
+)
+_SETTINGS_BUILTINS = tuple(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "object", "str", "tuple"))
+_RE_SAVE = (
+    "If it is a checkpoint that you trust, re-save its tensors alone, where the libraries that wrote it are installed: "
+    'torch.save(torch.load(FILE, weights_only=False)["state_dict"], "state_dict.pth")'
+)
 _FOLD_TOLERANCE = 1e-3
 
 
@@ -90,11 +110,19 @@ def find_weights(source: str) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A file's tensors by name, without running any code in it. Understands the usual wrappers around a state dict."""
+    """A file's tensors by name, without running any code in it. Understands the usual wrappers around a state dict.
+
+    Settings beside the weights (an omegaconf configuration, a Namespace, Lightning's callbacks) are passed over.
+    EncoderError where the file asks for anything else, and how to re-save it.
+    """
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
+        content: Any = load_file(path) if path.suffix == ".safetensors" else _load_checkpoint(path)
+    except EncoderError:
+        raise
     except Exception as error:  # torch and safetensors raise many kinds; each means that the file is no use
-        raise EncoderError(f"{path.name} cannot be read as weights: {(str(error) or repr(error)).splitlines()[0]}") from None
+        hint = f". {_RE_SAVE}" if isinstance(error, pickle.UnpicklingError) else ""
+        said = (str(error) or repr(error)).splitlines()[0]
+        raise EncoderError(f"{path.name} cannot be read as weights: {said}{hint}") from None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -106,16 +134,41 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+class _Inert:
+    """Stands in for whatever class a checkpoint names beside its weights: takes any arguments, becomes an empty dict."""
+
+    def __new__(cls, *_: object) -> Any:
+        """An OrderedDict, because that is what the weights-only reader is ready to fill."""
+        return OrderedDict()
+
+
+def _load_checkpoint(path: Path) -> Any:
+    """`load_tensors`, with an inert stand-in for each settings class that the file names; none of them is imported."""
+    if not zipfile.is_zipfile(path):  # torch's format before 1.6 does not list its classes
+        return load_tensors(path)
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    foreign = sorted(name for name in named if name.split(".")[0] not in _SETTINGS and name not in _SETTINGS_BUILTINS)
+    if foreign:
+        more = ", ..." if len(foreign) > 5 else ""
+        raise EncoderError(
+            f"{path.name} cannot be read as weights without running code: beside tensors and settings it holds "
+            f"{', '.join(foreign[:5])}{more}. {_RE_SAVE}"
+        )
+    with torch.serialization.safe_globals([(_Inert, name) for name in named]):
+        return load_tensors(path)
+
+
 _Adapted = tuple[dict[str, Tensor], list[str]]
 
 
 def _by_name(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> _Adapted:
-    """Rename solo-learn's and DataParallel's keys; (tensors, heads left aside). Any other difference is an error."""
+    """Rename solo-learn's and DataParallel's keys; (tensors, those left aside). Any other difference is an error."""
     aside: list[str] = []
     for prefix in _PREFIXES:
-        if any(name.startswith(prefix) for name in state):
-            aside += [name for name in state if name.startswith(_HEADS)]
-            state = {name.removeprefix(prefix): v for name, v in state.items() if not name.startswith(_HEADS)}
+        inside = any(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in expected)
+        if inside:
+            aside += [name for name in state if not name.startswith(prefix)]
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     aside += [name for name in state if name not in expected and name.startswith(_HEADS)]
     state = {name: value for name, value in state.items() if name not in aside}
     missing = sorted(set(expected) - set(state))

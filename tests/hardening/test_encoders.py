@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import argparse
+import collections
 import io
 import os
+import pickle
+import sys
 import tarfile
+import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +34,7 @@ from hardening.encoders import (
     merge_gains,
     read_state,
 )
+from hardening.files import load_tensors
 from hardening.knn import knn_predict
 from hardening.recipe import EncoderSpec, Pretrain
 from tests.support.patterns import MEAN, STD, patterns, untrained_encoder
@@ -96,13 +104,115 @@ def test_a_state_dict_in_the_usual_wrappers(tmp_path: Path, prefix: str, wrapper
     assert same(build(spec(tmp_path / "x.pth"), 0), state)
 
 
-def test_a_solo_learn_checkpoint(tmp_path: Path) -> None:
+_PROJECTOR = ("projector.0.weight", "projector.0.bias", "projector.1.running_mean", "projector.1.num_batches_tracked")
+_MOMENTUM_PROJECTOR = tuple(f"momentum_{name}" for name in _PROJECTOR)
+_PREDICTOR = ("predictor.0.weight", "predictor.3.bias")
+_QUEUE = ("queue", "queue_ptr")
+# What solo-learn's eleven methods keep beside the encoder; True where there is a momentum twin of it.
+SOLO_LEARN: dict[str, tuple[tuple[str, ...], bool]] = {
+    "wmse": ((*_PROJECTOR, "whitening.running_mean", "whitening.running_variance"), False),
+    "byol": ((*_PROJECTOR, *_PREDICTOR, *_MOMENTUM_PROJECTOR, "momentum_classifier.weight"), True),
+    "nnclr": ((*_PROJECTOR, *_PREDICTOR, *_QUEUE, "queue_y"), False),
+    "simclr": (_PROJECTOR, False),
+    "mocov2plus": ((*_PROJECTOR, *_MOMENTUM_PROJECTOR, *_QUEUE), True),
+    "mocov3": ((*_PROJECTOR, *_PREDICTOR, *_MOMENTUM_PROJECTOR), True),
+    "supcon": (_PROJECTOR, False),
+    "ressl": ((*_PROJECTOR, *_MOMENTUM_PROJECTOR, *_QUEUE), True),
+    "dino": (
+        (
+            "head.mlp.0.weight",
+            "head.last_layer.weight_g",
+            "head.last_layer.weight_v",
+            "momentum_head.mlp.0.weight",
+            "momentum_head.last_layer.weight_g",
+            "momentum_head.last_layer.weight_v",
+            "dino_loss_func.center",
+        ),
+        True,
+    ),
+    "swav": ((*_PROJECTOR, "prototypes.weight", "prototypes.weight_g", "prototypes.weight_v", "queue"), False),
+    "vibcreg": ((*_PROJECTOR, "projector.7.running_mean", "projector.7.running_wm"), False),
+}
+
+
+def solo_learn(method: str, state: dict[str, Tensor], *, inside: str = "backbone.") -> dict[str, Any]:
+    """A Lightning checkpoint of that method; its momentum twin comes first and is another network."""
+    extra, momentum = SOLO_LEARN[method]
+    content: dict[str, Tensor] = {}
+    if momentum:
+        content |= {f"momentum_{inside}{name}": value + 1 for name, value in state.items()}
+    content |= {f"{inside}{name}": value for name, value in state.items()}
+    content |= {name: torch.rand(4, 3) for name in (*extra, "classifier.weight", "classifier.bias")}
+    settings = {"method": method, "method_kwargs": {"proj_hidden_dim": 8, "crops": [32, 32]}, "lr": 0.3}
+    return {
+        "epoch": 999,
+        "global_step": 7,
+        "pytorch-lightning_version": "1.6.5",
+        "state_dict": content,
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.rand(1), "dirpath": Path("trained")}},
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.rand(2)}}, "param_groups": [{"lr": 0.1}]}],
+        "lr_schedulers": [{"base_lrs": [0.1]}],
+        "hparams_name": "cfg",
+        "hyper_parameters": OmegaConf.create(settings),
+    }
+
+
+@pytest.mark.parametrize("inside", ["backbone.", "encoder."])
+@pytest.mark.parametrize("method", SOLO_LEARN)
+def test_a_solo_learn_checkpoint(method: str, inside: str, tmp_path: Path) -> None:
+    state = random_state()
+    torch.save(solo_learn(method, state, inside=inside), tmp_path / "x.ckpt")
+    said: list[str] = []
+    assert same(build(spec(tmp_path / "x.ckpt"), 0, said.append), state)
+    assert "left aside" in said[0]
+
+
+def test_solo_learns_small_resnet18(tmp_path: Path) -> None:
     state = random_state("resnet18_cifar")
-    content = {f"backbone.{name}": value for name, value in state.items()}
-    content |= {"projector.0.weight": torch.rand(8, 512), "classifier.bias": torch.rand(10), "queue": torch.rand(2, 4)}
-    content |= {"momentum_backbone.conv1.weight": torch.rand(64, 3, 3, 3)}
-    torch.save({"epoch": 1000, "global_step": 1, "state_dict": content, "optimizer_states": []}, tmp_path / "x.ckpt")
+    torch.save(solo_learn("mocov2plus", state), tmp_path / "x.ckpt")
     assert same(build(spec(tmp_path / "x.ckpt", "resnet18_cifar"), 0), state)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder."])
+def test_the_momentum_twin_is_no_substitute(prefix: str, tmp_path: Path) -> None:
+    state = random_state()
+    content = {f"momentum_{prefix}{name}": value for name, value in state.items()}
+    content |= {f"{prefix}{name}": value for name, value in state.items() if name != "conv1.weight"}
+    torch.save({"state_dict": content}, tmp_path / "x.ckpt")
+    assert "missing (1): conv1.weight" in refusal(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        argparse.Namespace(method="byol", lr=0.3, folder=Path("trained")),
+        OmegaConf.create({"method": "byol", "sizes": [1, 2], "deep": {"er": None}}),
+        collections.defaultdict(dict, {"lr": {"a": 0.3}}),
+    ],
+)
+def test_settings_beside_the_weights_are_passed_over(settings: object, tmp_path: Path) -> None:
+    state = random_state()
+    torch.save({"state_dict": state, "hyper_parameters": settings}, tmp_path / "x.ckpt")
+    with pytest.raises(pickle.UnpicklingError):  # so this reaches what the weights-only reader refuses by itself
+        load_tensors(tmp_path / "x.ckpt")
+    assert same(build(spec(tmp_path / "x.ckpt"), 0), state)
+    # Nothing stays allowed for the next file.
+    with pytest.raises(pickle.UnpicklingError):
+        load_tensors(tmp_path / "x.ckpt")
+
+
+def test_lightnings_dictionary_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written under a module's name that is not there to be imported."""
+    module = types.ModuleType("lightning_fabric")
+    settings_class = type("AttributeDict", (dict,), {"__module__": "lightning_fabric"})
+    module.AttributeDict = settings_class  # type: ignore[attr-defined]
+    state = random_state()
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "lightning_fabric", module)
+        torch.save({"state_dict": state, "hyper_parameters": settings_class(lr=0.3)}, tmp_path / "x.ckpt")
+    assert sys.modules.get("lightning_fabric") is not module
+    assert same(build(spec(tmp_path / "x.ckpt"), 0), state)
 
 
 def test_safetensors(tmp_path: Path) -> None:
@@ -189,8 +299,28 @@ class _Code:
 
 
 def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
-    torch.save({"state_dict": random_state(), "callback": _Code(tmp_path / "ran")}, tmp_path / "x.pth")
-    assert "cannot be read as weights" in refusal(tmp_path / "x.pth")
+    for legacy in (False, True):
+        content = {"state_dict": random_state(), "callback": _Code(tmp_path / "ran")}
+        torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+        said = refusal(tmp_path / "x.pth")
+        assert "cannot be read as weights" in said
+        assert "re-save its tensors alone" in said
+        assert legacy or "mkdir" in said
+        assert not (tmp_path / "ran").exists()
+
+
+def test_code_under_the_name_of_a_settings_module_is_not_run(tmp_path: Path) -> None:
+    """`pathlib.os.mkdir` is a way to os.mkdir: it gets a stand-in, which makes no folder."""
+    state = random_state()
+    torch.save({"state_dict": state, "callback": _Code(tmp_path / "ran")}, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as plain, zipfile.ZipFile(tmp_path / "y.pth", "w") as disguised:
+        for name in plain.namelist():
+            content = plain.read(name)
+            if name.endswith("data.pkl"):
+                assert b"cposix\nmkdir\n" in content
+                content = content.replace(b"cposix\nmkdir\n", b"cpathlib\nos.mkdir\n")
+            disguised.writestr(name, content)
+    assert same(build(spec(tmp_path / "y.pth"), 0), state)
     assert not (tmp_path / "ran").exists()
 
 
