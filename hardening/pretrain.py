@@ -1,7 +1,9 @@
 """Self-supervised pre-training on local images with lightly: for the BMP branch, and for users without a checkpoint.
 
-SimCLR (Chen et al. 2020), BYOL (Grill et al. 2020), Barlow Twins (Zbontar et al. 2021), VICReg (Bardes et al. 2022), and
-where labels exist SupCon (Khosla et al. 2020). Losses, projectors and augmentations are lightly's.
+SimCLR (Chen et al. 2020), MoCo v2+ (He et al. 2020; Chen et al. 2020), NNCLR (Dwibedi et al. 2021), BYOL (Grill et al. 2020),
+SwAV (Caron et al. 2020), Barlow Twins (Zbontar et al. 2021), VICReg (Bardes et al. 2022), and where
+labels exist SupCon (Khosla et al. 2020). Losses, projectors and augmentations are lightly's; two views an image, no small
+crops.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
-from lightly.models.modules import heads
+from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLoss
+from lightly.models.modules import NNMemoryBankModule, heads
+from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from lightly.transforms import SimCLRTransform
 from lightly.utils.scheduler import cosine_schedule
@@ -25,12 +28,14 @@ from torch.nn import functional as F
 from hardening.encoders import Encoder
 from hardening.files import load_tensors, save_tensors
 from hardening.progress import Bars
-from hardening.recipe import Pretrain, RecipeError
+from hardening.recipe import Pretrain, RecipeError, SSLMethod
 from hardening.training import run_epochs
 
 _HIDDEN, _PROJECTION = 512, 128
 _TEMPERATURE = 0.2
 _MOMENTUM = 0.99
+_QUEUE = 4096
+_PROTOTYPES = 256
 
 
 class _Method(nn.Module):
@@ -70,29 +75,100 @@ class _SupCon(_Joint):
         return supcon_loss(views, labels.repeat(2))
 
 
-class _BYOL(_Method):
-    def __init__(self, encoder: Encoder) -> None:
+class _Momentum(_Method):
+    """Methods whose targets come from a slowly following twin of encoder and projector: MoCo, BYOL."""
+
+    def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__(encoder)
-        self.projector = heads.BYOLProjectionHead(encoder.dim, _HIDDEN, _PROJECTION)
-        self.predictor = heads.BYOLPredictionHead(_PROJECTION, _HIDDEN, _PROJECTION)
-        self.slow_encoder, self.slow_projector = copy.deepcopy(encoder), copy.deepcopy(self.projector)
+        self.projector = projector
+        self.slow_encoder, self.slow_projector = copy.deepcopy(encoder), copy.deepcopy(projector)
         deactivate_requires_grad(self.slow_encoder)
         deactivate_requires_grad(self.slow_projector)
-        self.criterion = NegativeCosineSimilarity()
 
-    def forward(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-        def one(here: Tensor, there: Tensor) -> Tensor:
-            with torch.no_grad():
-                target = self.slow_projector(self.slow_encoder(there))
-            loss: Tensor = self.criterion(self.predictor(self.projector(self.encoder(here))), target)
-            return loss
-
-        return (one(first, second) + one(second, first)) / 2
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        target: Tensor = self.slow_projector(self.slow_encoder(images))
+        return target
 
     def after_step(self, progress: float) -> None:
         momentum = cosine_schedule(int(progress * 1000), 1000, _MOMENTUM, 1.0)
         update_momentum(self.encoder, self.slow_encoder, momentum)
         update_momentum(self.projector, self.slow_projector, momentum)
+
+
+class _BYOL(_Momentum):
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__(encoder, heads.BYOLProjectionHead(encoder.dim, _HIDDEN, _PROJECTION))
+        self.predictor = heads.BYOLPredictionHead(_PROJECTION, _HIDDEN, _PROJECTION)
+        self.criterion = NegativeCosineSimilarity()
+
+    def forward(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        def one(here: Tensor, there: Tensor) -> Tensor:
+            loss: Tensor = self.criterion(self.predictor(self.projector(self.encoder(here))), self.target(there))
+            return loss
+
+        return (one(first, second) + one(second, first)) / 2
+
+
+class _MoCo(_Momentum):
+    """MoCo v2+: the loss of both directions, each against a queue of earlier targets."""
+
+    def __init__(self, encoder: Encoder, queue: int) -> None:
+        super().__init__(encoder, heads.MoCoProjectionHead(encoder.dim, _HIDDEN, _PROJECTION))
+        self.criterion = NTXentLoss(temperature=_TEMPERATURE, memory_bank_size=(queue, _PROJECTION))
+        _keep(self.criterion.memory_bank)
+
+    def forward(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        # In one call: in two, the second would find this batch's own images in the queue.
+        queries = torch.cat([self.projector(self.encoder(first)), self.projector(self.encoder(second))])
+        loss: Tensor = self.criterion(queries, torch.cat([self.target(second), self.target(first)]))
+        return loss
+
+
+class _NNCLR(_Method):
+    """SimCLR, with each target replaced by its nearest neighbour among earlier ones."""
+
+    def __init__(self, encoder: Encoder, queue: int) -> None:
+        super().__init__(encoder)
+        self.projector = heads.NNCLRProjectionHead(encoder.dim, _HIDDEN, _PROJECTION)
+        self.predictor = heads.NNCLRPredictionHead(_PROJECTION, _HIDDEN, _PROJECTION)
+        self.neighbours = NNMemoryBankModule((queue, _PROJECTION))
+        _keep(self.neighbours)
+        self.criterion = NTXentLoss(temperature=_TEMPERATURE)
+
+    def forward(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        z, w = self.projector(self.encoder(first)), self.projector(self.encoder(second))
+        loss: Tensor = self.criterion(self.neighbours(z.detach()), self.predictor(w))
+        other: Tensor = self.criterion(self.neighbours(w.detach(), update=True), self.predictor(z))
+        return (loss + other) / 2
+
+
+class _UnitPrototypes(nn.Module):
+    """A projector, and the cosines of its outputs to prototypes, which stay on the unit sphere without being reset."""
+
+    def __init__(self, projector: nn.Module, prototypes: int) -> None:
+        super().__init__()
+        self.projector = projector
+        self.prototypes = nn.Parameter(torch.randn(prototypes, _PROJECTION))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(self.projector(x), dim=1), F.normalize(self.prototypes, dim=1))
+
+
+class _SwAV(_Joint):
+    def __init__(self, encoder: Encoder) -> None:
+        projector = heads.SwaVProjectionHead(encoder.dim, _HIDDEN, _PROJECTION)
+        super().__init__(encoder, _UnitPrototypes(projector, _PROTOTYPES), SwaVLoss())
+
+    def forward(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.criterion([self.projector(self.encoder(first)), self.projector(self.encoder(second))], [])
+        return loss.squeeze()
+
+
+def _keep(bank: MemoryBankModule) -> None:
+    """Make a memory bank part of the checkpoint; lightly leaves it out, and a resumed run would start with an empty one."""
+    bank.register_buffer("bank", bank.bank, persistent=True)
+    bank.register_buffer("bank_ptr", bank.bank_ptr, persistent=True)
 
 
 def supcon_loss(vectors: Tensor, labels: Tensor, temperature: float = _TEMPERATURE) -> Tensor:
@@ -105,8 +181,10 @@ def supcon_loss(vectors: Tensor, labels: Tensor, temperature: float = _TEMPERATU
     return -(log_share.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
 
 
-def _method(name: str, encoder: Encoder) -> _Method:
+def _method(name: SSLMethod, encoder: Encoder, images: int) -> _Method:
     dim = encoder.dim
+    # A queue as long as the data would hold every image's own earlier views as its negatives.
+    queue = max(1, min(_QUEUE, images // 2))
     if name == "simclr":
         projector = heads.SimCLRProjectionHead(dim, _HIDDEN, _PROJECTION)
         return _Joint(encoder, projector, NTXentLoss(temperature=_TEMPERATURE))
@@ -114,7 +192,13 @@ def _method(name: str, encoder: Encoder) -> _Method:
         return _Joint(encoder, heads.VICRegProjectionHead(dim, _HIDDEN, _HIDDEN), VICRegLoss())
     if name == "barlowtwins":
         return _Joint(encoder, heads.BarlowTwinsProjectionHead(dim, _HIDDEN, _HIDDEN), BarlowTwinsLoss())
-    return _BYOL(encoder) if name == "byol" else _SupCon(encoder)
+    if name == "moco":
+        return _MoCo(encoder, queue)
+    if name == "nnclr":
+        return _NNCLR(encoder, queue)
+    if name == "byol":
+        return _BYOL(encoder)
+    return _SwAV(encoder) if name == "swav" else _SupCon(encoder)
 
 
 def pretrain(
@@ -143,7 +227,7 @@ def pretrain(
         raise RecipeError(f"{job}: SupCon needs labelled images, train/<class>/*")
 
     torch.manual_seed(seed)
-    method = _method(recipe.method, encoder).to(device).train()
+    method = _method(recipe.method, encoder, len(images)).to(device).train()
     size = images.shape[1]
     transform = SimCLRTransform(input_size=size, gaussian_blur=0.5 if size > 64 else 0.0, normalize=None)
     trainable = [p for p in method.parameters() if p.requires_grad]

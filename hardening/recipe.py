@@ -13,7 +13,7 @@ from model_store.errors import TwogateError
 from model_store.pixels import PixelRule
 
 PACKAGE_PREFIX = "package:"
-SSLMethod = Literal["simclr", "moco", "nnclr", "byol", "dino", "swav", "vicreg", "barlowtwins", "supcon"]
+SSLMethod = Literal["simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins", "supcon"]
 
 
 class RecipeError(TwogateError):

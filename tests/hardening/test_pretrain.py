@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hardening.encoders import Encoder, features
-from hardening.pretrain import pretrain, supcon_loss
+from hardening.encoders import Encoder, as_input, features
+from hardening.files import load_tensors
+from hardening.pretrain import _MoCo, pretrain, supcon_loss
 from hardening.recipe import Pretrain, RecipeError, SSLMethod
 from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
 from tests.support.patterns import patterns, untrained_encoder
@@ -20,9 +21,18 @@ IMAGES, LABELS = patterns(16)
 
 
 def run(
-    method: str, folder: Path, epochs: int = 2, *, labels: object = LABELS, bars: QuietBars | None = None
+    method: str,
+    folder: Path,
+    epochs: int = 2,
+    *,
+    labels: object = LABELS,
+    bars: QuietBars | None = None,
+    batch_size: int = 32,
+    learning_rate: float = 1e-2,
 ) -> tuple[Encoder, list[dict[str, float]]]:
-    recipe = Pretrain.model_validate({"method": method, "epochs": epochs, "batch_size": 32, "learning_rate": 1e-2})
+    recipe = Pretrain.model_validate(
+        {"method": method, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    )
     return pretrain(
         untrained_encoder(width=16),
         recipe,
@@ -41,11 +51,11 @@ def identical(a: Encoder, b: Encoder) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_there_are_five_methods() -> None:
-    assert set(METHODS) == {"simclr", "byol", "vicreg", "barlowtwins", "supcon"}
+def test_there_are_eight_methods() -> None:
+    assert set(METHODS) == {"simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins", "supcon"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "moco"])
 def test_the_loss_falls(method: str, tmp_path: Path) -> None:
     labels = LABELS if method == "supcon" else np.full_like(LABELS, -1)
     encoder, history = run(method, tmp_path, 24, labels=labels)
@@ -58,6 +68,53 @@ def test_the_loss_falls(method: str, tmp_path: Path) -> None:
     assert torch.isfinite(found).all()
     # It has not collapsed to one point.
     assert found.std(0).mean() > 1e-3
+
+
+def test_moco_learns_to_tell_images_from_its_queue() -> None:
+    """Its loss rises while real images replace the queue's random ones, so it is measured from then on, on fixed views."""
+    torch.manual_seed(0)
+    method = _MoCo(untrained_encoder(width=16), 32).train()
+    first = as_input(IMAGES)
+    second = (first + 0.05 * torch.randn(first.shape)).clamp(0, 1)
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for step in range(60):
+        chosen = torch.arange(16) + 16 * (step % 4)
+        loss = method(first[chosen], second[chosen], torch.zeros(16))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        method.after_step(step / 60)
+        losses.append(loss.item())
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[4:12]), losses
+
+
+def test_mocos_queue_holds_no_image_of_its_own_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = _MoCo(untrained_encoder(width=16), 64).train()
+    bank = method.criterion.memory_bank
+    before, seen, original = bank.bank.clone(), [], bank.forward
+
+    def forward(*args: object, **more: object) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = original(*args, **more)
+        seen.append(found[1].T)
+        return found
+
+    monkeypatch.setattr(bank, "forward", forward)
+    first, second = torch.rand(2, 8, 3, 16, 16)
+    method(first, second, torch.zeros(8))
+    assert len(seen) == 1
+    assert torch.equal(seen[0], before)
+    # Afterwards it holds both views' targets, and nothing else has moved.
+    assert (bank.bank != before).any(1).tolist() == [True] * 16 + [False] * 48
+
+
+@pytest.mark.parametrize("method", ["moco", "nnclr"])
+def test_the_queue_is_in_the_checkpoint(method: str, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(method, tmp_path, bars=InterruptingBars(3))
+    state = load_tensors(tmp_path / "start.checkpoint.pt")["parts"]["method"]
+    assert any(name.endswith("bank") for name in state)
+    assert any(name.endswith("bank_ptr") for name in state)
 
 
 @pytest.mark.parametrize("method", METHODS)
