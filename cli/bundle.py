@@ -1,4 +1,4 @@
-"""`twogate bundle list|show|verify`."""
+"""`twogate bundle list|show|verify|diff`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,35 @@ def verify(wanted: Wanted, store: Store = None) -> None:
     typer.echo(f"{manifest.name}/{manifest.version} is sound")
 
 
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="NAME (its newest version), NAME/VERSION, or a path.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    store: Store = None,
+) -> None:
+    """Say in what two bundles differ: files, pixels, branches, detector, calibration, tasks.
+
+    By their manifests, which have the hash of every file; whether the files are as the manifests say is for `verify`.
+
+    - `twogate bundle diff photos/1 photos/2`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from model_store.differences import differences
+
+    old, new = _manifest(_path(before, store)), _manifest(_path(after, store))
+    labels = [f"{one.name}/{one.version}" for one in (old, new)]
+    found = differences(old, new)
+    if not found:
+        typer.echo(f"{labels[0]} and {labels[1]} do not differ in what they answer")
+        return
+    table = Table("what", *labels, box=None, pad_edge=False)
+    for difference in found:
+        table.add_row(difference.what, difference.before, difference.after)
+    Console(highlight=False, markup=False).print(table)
+
+
 def _path(wanted: str, store: Path | None) -> Path:
     """The folder of a bundle that was named, or whose path was given."""
     from model_store.manifest import MANIFEST_FILE
@@ -141,6 +170,11 @@ def _summary(path: Path, manifest: Manifest) -> str:
         allowed = int(budget * (calibration.n + 1) + 1e-9) - 1
         threshold = f"above {scores[-1 - allowed]:.4g}" if allowed >= 0 else "too few clean images"
         lines.append(f"  {budget:<17g} {threshold}")
+    if manifest.tasks:
+        lines.append("tasks")
+    for task in manifest.tasks:
+        metrics = "".join(f", {name} {100 * value:.1f}%" for name, value in task.metrics.items())
+        lines.append(f"  {task.name:<12} {len(task.classes)} classes, {task.fusion}, {task.trained_on}{metrics}")
     lines.append("provenance")
     lines += [f"  {key}: {_short(value)}" for key, value in manifest.provenance.items()]
     return "\n".join(lines)

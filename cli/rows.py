@@ -13,11 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.errors import ImageError, ImageTooLarge
+from model_store.folder import MAX_FILE_BYTES, files_below
 from service.engine.local import LocalGate
 from service.engine.verdict import BrokenOutput, Judged
-
-MAX_FILE_BYTES = 100 * 2**20
-"""A larger file is a row with an error: it is no photograph, and reading it would take its size in memory."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,7 @@ def find(paths: Iterable[Path], leave_out: Path | None = None) -> Iterator[Path]
         if not path.is_dir():
             yield path
             continue
-        for folder, below, files in os.walk(path):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            for name in sorted(files):
-                file = Path(folder, name)
-                if not name.startswith(".") and file.is_file() and file != leave_out:
-                    yield file
+        yield from (file for file in files_below(path) if file != leave_out)
 
 
 def rows(gate: LocalGate, paths: Iterable[Path], *, batch: int, threads: int) -> Iterator[Row]:

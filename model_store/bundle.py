@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -14,6 +15,7 @@ from model_store.errors import BundleError
 from model_store.graph import check_self_contained
 from model_store.manifest import MANIFEST_FILE, MODEL_FILE, Manifest, parse_manifest
 from model_store.session import GateSession
+from model_store.tasks import TaskHead, check_head
 
 SIGNATURE_FILE = "model.sig"
 GOLDEN_TOLERANCE = 1e-3
@@ -22,12 +24,16 @@ GOLDEN_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files all had the manifest's hashes when they were read. `model` holds those very bytes."""
+    """A bundle whose files all had the manifest's hashes when they were read.
+
+    `model` and `heads` (task -> its head's graph) hold those very bytes.
+    """
 
     path: Path
     manifest: Manifest
     model: bytes
     model_sha256: str
+    heads: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -38,8 +44,8 @@ class Bundle:
 def load_bundle(path: Path) -> Bundle:
     """Read a bundle's folder: manifest, then every file that it names, each checked against its sha256.
 
-    The model's bytes are read once and kept, so that what was hashed is what will run. BundleError names the first
-    file that is missing, linked, changed or outside the folder, or the model where it is not self-contained.
+    The graphs' bytes are read once and kept, so that what was hashed is what will run. BundleError names the first
+    file that is missing, linked, changed or outside the folder, or the graph that is not self-contained.
     """
     if not path.is_dir():
         raise BundleError(path.name, "there is no bundle of this name")
@@ -48,22 +54,33 @@ def load_bundle(path: Path) -> Bundle:
         raise BundleError(MANIFEST_FILE, f"names no {MODEL_FILE}")
     if sum(branch.embedding_dim for branch in manifest.branches) != manifest.embedding_dim:
         raise BundleError(MANIFEST_FILE, "the branches' dimensions do not add up to embedding_dim")
-    model = b""
-    for name, expected in manifest.files.items():
-        data = _read(path, name)
-        if hashlib.sha256(data).hexdigest() != expected:
-            raise BundleError(name, "its sha256 is not the one in the manifest: it was changed after it was written")
-        if name == MODEL_FILE:
-            model = data
-    check_self_contained(model)
-    return Bundle(path, manifest, model, manifest.files[MODEL_FILE])
+    for task in manifest.tasks:
+        if task.file not in manifest.files:
+            raise BundleError(MANIFEST_FILE, f"names no {task.file}, the head of task {task.name!r}")
+    graphs = {MODEL_FILE: b""} | {task.file: b"" for task in manifest.tasks}
+    for name in manifest.files:
+        data = read_sealed(path, manifest, name)
+        if name in graphs:
+            graphs[name] = data
+    for name, graph in graphs.items():
+        check_self_contained(graph, name)
+    heads = {task.name: graphs[task.file] for task in manifest.tasks}
+    return Bundle(path, manifest, graphs[MODEL_FILE], manifest.files[MODEL_FILE], heads)
+
+
+def read_sealed(path: Path, manifest: Manifest, name: str) -> bytes:
+    """A file that the manifest names; BundleError unless it is a plain file with the manifest's sha256."""
+    data = _read(path, name)
+    if hashlib.sha256(data).hexdigest() != manifest.files[name]:
+        raise BundleError(name, "its sha256 is not the one in the manifest: it was changed after it was written")
+    return data
 
 
 def verify_bundle(path: Path) -> list[str]:
     """Check everything that can be checked, and return what was, in words; BundleError at the first failure.
 
     Schema and digest of the manifest, sha256 of every file, no file that the manifest does not name, the graph's
-    signature, and the golden vector.
+    signature, the golden vector, and what each task head answers for it.
     """
     bundle = load_bundle(path)
     manifest = bundle.manifest
@@ -81,6 +98,9 @@ def verify_bundle(path: Path) -> list[str]:
     done.append("graph: inputs and outputs as promised")
     check_golden(session, manifest)
     done.append(f"golden vector: {manifest.golden.shape[0]} images answered within {GOLDEN_TOLERANCE:g}")
+    for task in manifest.tasks:
+        check_head(TaskHead(manifest, task, bundle.heads[task.name]), manifest)
+        done.append(f"task {task.name}: inputs and outputs as promised, probabilities of {len(task.classes)} classes")
     return done
 
 

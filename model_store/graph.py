@@ -30,8 +30,11 @@ _STANDARD_DOMAINS = (b"", b"ai.onnx")
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
-def check_self_contained(model: bytes) -> None:
-    """Raise BundleError unless the model's weights are all inside it and its operators are all standard ONNX."""
+def check_self_contained(model: bytes, file: str = MODEL_FILE) -> None:
+    """Raise BundleError unless the model's weights are all inside it and its operators are all standard ONNX.
+
+    `file` is the model's name inside the bundle.
+    """
     waiting: list[tuple[str, memoryview]] = [("model", memoryview(model))]
     try:
         while waiting:
@@ -42,11 +45,11 @@ def check_self_contained(model: bytes) -> None:
                 if inner is not None:
                     waiting.append((inner, _bytes(value)))
                 elif message == "model" and field == _MODEL_FUNCTIONS:
-                    raise BundleError(MODEL_FILE, "defines functions of its own; they must be inlined before export")
+                    raise BundleError(file, "defines functions of its own; they must be inlined before export")
                 elif message == "tensor" and (
                     field == _TENSOR_EXTERNAL_DATA or (field == _TENSOR_DATA_LOCATION and value != 0)
                 ):
-                    raise BundleError(MODEL_FILE, "keeps weights in another file; a bundle's graph is self-contained")
+                    raise BundleError(file, "keeps weights in another file; a bundle's graph is self-contained")
                 elif message == "node" and field == _NODE_OP_TYPE:
                     op_type = bytes(_bytes(value))
                 elif message == "node" and field == _NODE_DOMAIN:
@@ -54,9 +57,9 @@ def check_self_contained(model: bytes) -> None:
                     domain = domain if domain not in _STANDARD_DOMAINS else bytes(_bytes(value))
             if domain not in _STANDARD_DOMAINS:
                 name = f"{domain.decode(errors='replace')}.{op_type.decode(errors='replace')}"
-                raise BundleError(MODEL_FILE, f"uses the operator {name!r}, which is not standard ONNX")
+                raise BundleError(file, f"uses the operator {name!r}, which is not standard ONNX")
     except (IndexError, ValueError):
-        raise BundleError(MODEL_FILE, "is not an ONNX model") from None
+        raise BundleError(file, "is not an ONNX model") from None
 
 
 def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model_store.calibration import Calibration
 from model_store.errors import BundleError
@@ -88,6 +88,32 @@ class Golden(_Part):
         return images, unpack(self.embedding), unpack(self.confidence), score
 
 
+class Task(_Part):
+    """A task head: a small graph that names one of `classes`, from the main graph's embedding and confidence."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    classes: tuple[str, ...] = Field(min_length=2, description="in the order of the head's probabilities")
+    file: str = Field(description="tasks/<name>.onnx")
+    fusion: Literal["guarded", "rfdm"] = Field(
+        description="how the branches vote: by their certainty (rfdm), or that and how far each can be trusted (guarded)"
+    )
+    trained_on: str = Field(description="what the labelled images were, in words")
+    metrics: dict[str, float] = Field(default_factory=dict, description="e.g. validation_clean_acc, a share")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Task:
+        if self.file != task_file(self.name):
+            raise ValueError(f"the file of task {self.name!r} must be {task_file(self.name)}")
+        if "" in self.classes or len(set(self.classes)) < len(self.classes):
+            raise ValueError("every class has a name of its own")
+        return self
+
+
+def task_file(name: str) -> str:
+    """Where a bundle keeps the head of a task."""
+    return f"tasks/{name}.onnx"
+
+
 class Manifest(_Part):
     """`manifest.json`. Every other file of the bundle is named in `files` with its sha256."""
 
@@ -108,10 +134,19 @@ class Manifest(_Part):
     files: dict[str, str] = Field(description="path inside the bundle -> sha256, lower-case hex")
     golden: Golden
     provenance: dict[str, Any] = Field(description="recipe, data summary, seeds, library versions, commit")
+    tasks: tuple[Task, ...] = Field(default=(), description="the heads that the bundle carries; left out if there are none")
+
+    @model_validator(mode="after")
+    def _one_head_a_task(self) -> Manifest:
+        if len({task.name for task in self.tasks}) < len(self.tasks):
+            raise ValueError("two tasks have the same name")
+        return self
 
     def sealed_bytes(self) -> bytes:
         """The bytes of `manifest.json`, with `digest` filled in."""
-        text = self.model_copy(update={"digest": _UNSEALED}).model_dump_json(indent=1)
+        # Without heads the file is what programs that know none can read.
+        left_out = None if self.tasks else {"tasks"}
+        text = self.model_copy(update={"digest": _UNSEALED}).model_dump_json(indent=1, exclude=left_out)
         unsealed = text.encode("utf-8")
         digest = hashlib.sha256(unsealed).hexdigest()
         return unsealed.replace(_UNSEALED.encode(), digest.encode(), 1)

@@ -72,10 +72,6 @@ def _give_back_freed_memory() -> None:
 
 def check_signature(session: ort.InferenceSession, manifest: Manifest) -> None:
     """Raise BundleError unless the graph's inputs and outputs are those of the contract and of this manifest."""
-
-    def described(nodes: list[ort.NodeArg]) -> dict[str, tuple[str, list[int | None]]]:
-        return {node.name: (node.type, [d if isinstance(d, int) else None for d in node.shape]) for node in nodes}
-
     rule = manifest.pixels
     expected_in = {"images": ("tensor(uint8)", [None, rule.height, rule.width, 3])}
     expected_out = {
@@ -89,3 +85,8 @@ def check_signature(session: ort.InferenceSession, manifest: Manifest) -> None:
     ):
         if found != expected:
             raise BundleError(MODEL_FILE, f"the graph's {kind} are {found}, the manifest promises {expected}")
+
+
+def described(nodes: list[ort.NodeArg]) -> dict[str, tuple[str, list[int | None]]]:
+    """A graph's inputs or outputs: name -> type and shape, where a free dimension is None."""
+    return {node.name: (node.type, [d if isinstance(d, int) else None for d in node.shape]) for node in nodes}

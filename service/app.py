@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from service.api import docs, embeddings, health, limits, models, scan
+from service.api import docs, embeddings, health, limits, models, scan, tasks
 from service.api.context import Context
 from service.engine.admission import Allowance
 from service.engine.gate import Gate
@@ -64,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         },
     )
     app.state.context = Context(settings, gate, telemetry)
-    for part in (embeddings, scan, models, limits, health, docs):
+    for part in (embeddings, scan, tasks, models, limits, health, docs):
         app.include_router(part.router)
     return app
 

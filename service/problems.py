@@ -5,6 +5,7 @@
     ├── Unauthorized          unauthorized           401  a key is needed, and none or a wrong one was given
     ├── NotFound              not-found              404  no such path
     ├── ModelNotFound         model-not-found        404  `model` names something that is not served
+    ├── TaskNotFound          task-not-found         404  the model has no head for the task in the path
     ├── MethodNotAllowed      method-not-allowed     405
     ├── BodyTimeout           body-timeout           408  the body did not arrive in time
     ├── BodyTooLarge          body-too-large         413  the request as a whole has too many bytes
@@ -88,6 +89,12 @@ class ModelNotFound(Problem):
     """`model` names something that is not served; `served` says what is."""
 
     status, name, title = 404, "model-not-found", "This model is not served"
+
+
+class TaskNotFound(Problem):
+    """The model has no head for the task in the path; `tasks` says for which it has one."""
+
+    status, name, title = 404, "task-not-found", "This task is not served"
 
 
 class MethodNotAllowed(Problem):

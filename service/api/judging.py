@@ -1,4 +1,4 @@
-"""What /v1/embeddings and /v1/scan have in common: from the request to the verdicts, and the policy on them."""
+"""What /v1/embeddings, /v1/scan and /v1/tasks have in common: from the request to the verdicts, and the policy on them."""
 
 from __future__ import annotations
 

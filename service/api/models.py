@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 
 from service.api.auth import require_key
 from service.api.context import context_of
-from service.api.schemas import InputSize, Model, ModelList
+from service.api.schemas import InputSize, Model, ModelList, TaskInfo
 
 router = APIRouter(tags=["about"], dependencies=[Depends(require_key)])
 
@@ -28,6 +28,7 @@ async def models(request: Request) -> ModelList:
                 input=InputSize(height=manifest.pixels.height, width=manifest.pixels.width),
                 branches=[branch.name for branch in manifest.branches],
                 detector=manifest.detector.name,
+                tasks=[TaskInfo.of(task) for task in manifest.tasks],
                 max_fpr=gate.max_fpr,
                 smallest_max_fpr=manifest.calibration.smallest_budget,
                 on_flag=context.settings.on_flag,

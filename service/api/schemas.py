@@ -6,8 +6,11 @@ import base64
 import math
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from model_store.manifest import Task
 from service.engine.verdict import Judged, Verdict
 
 EncodingFormat = Literal["float", "base64"]
@@ -95,11 +98,72 @@ class ScanList(BaseModel):
         return cls(model=model, flagged=any(scan.dae.flagged for scan in data), data=data)
 
 
+class Classification(BaseModel):
+    """One image's class, and the verdict."""
+
+    object: Literal["classification"] = "classification"
+    index: int = Field(description="the image's place in the request, from 0")
+    label: str = Field(description="the most probable class")
+    probability: float = Field(description="its probability")
+    probabilities: dict[str, float] = Field(description="class -> probability; they sum to 1")
+    dae: Dae
+
+
+class ClassificationList(BaseModel):
+    """The answer of POST /v1/tasks/{task}/classify."""
+
+    object: Literal["list"] = "list"
+    model: str = Field(description="name/version of the bundle that answered")
+    task: str
+    data: list[Classification]
+
+    @classmethod
+    def of(
+        cls, model: str, task: str, classes: tuple[str, ...], judged: list[Judged], probabilities: NDArray[np.float32]
+    ) -> ClassificationList:
+        """The answers for one request, in its order; `probabilities` are [N, C]."""
+        data = []
+        for index, (answer, row) in enumerate(zip(judged, probabilities.tolist(), strict=True)):
+            best = int(np.argmax(row))
+            data.append(
+                Classification.model_construct(
+                    object="classification",
+                    index=index,
+                    label=classes[best],
+                    probability=row[best],
+                    probabilities=dict(zip(classes, row, strict=True)),
+                    dae=Dae.of(answer.verdict),
+                )
+            )
+        return cls.model_construct(object="list", model=model, task=task, data=data)
+
+
 class InputSize(BaseModel):
     """What every picture is resized to, pixels."""
 
     height: int
     width: int
+
+
+class TaskInfo(BaseModel):
+    """A task that the model has a head for."""
+
+    name: str = Field(description="as in POST /v1/tasks/{task}/classify")
+    classes: list[str]
+    fusion: Literal["guarded", "rfdm"] = Field(description="how the branches vote")
+    trained_on: str
+    metrics: dict[str, float] = Field(description="as measured when it was trained; accuracies are shares")
+
+    @classmethod
+    def of(cls, task: Task) -> TaskInfo:
+        """What the manifest says about a task."""
+        return cls(
+            name=task.name,
+            classes=list(task.classes),
+            fusion=task.fusion,
+            trained_on=task.trained_on,
+            metrics=task.metrics,
+        )
 
 
 class Model(BaseModel):
@@ -115,6 +179,7 @@ class Model(BaseModel):
     input: InputSize
     branches: list[str]
     detector: str
+    tasks: list[TaskInfo] = Field(description="what it has heads for")
     max_fpr: float = Field(description="share of clean images that may be flagged")
     smallest_max_fpr: float = Field(description="the smallest max_fpr that the calibration supports")
     on_flag: Literal["flag", "reject"]

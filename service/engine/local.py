@@ -15,8 +15,9 @@ from model_store.errors import TwogateError
 from model_store.pixels import Limits, decode
 from model_store.session import GateSession
 from model_store.store import resolve
+from model_store.tasks import TaskHead, check_head
 from service.cores import usable_cores
-from service.engine.verdict import Judged, judge_outputs
+from service.engine.verdict import BrokenOutput, Judged, judge_outputs
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -26,7 +27,9 @@ class ProviderError(TwogateError):
 
 
 class LocalGate:
-    """A bundle, ready to judge. `judge` may be called from several threads.
+    """A bundle, ready to judge, and to classify for the tasks that it has heads for.
+
+    `judge` and `classify` may be called from several threads.
 
     `max_fpr` is the share of clean images that may be flagged; `threads` the cores that one forward uses, by default
     all that this process may. Raises BundleError where the graph is not the manifest's or fails its golden vector,
@@ -53,6 +56,9 @@ class LocalGate:
         if self.provider != _PROVIDERS[provider] and not allow_fallback:
             raise ProviderError(_cannot(provider))
         check_golden(self._session, bundle.manifest)
+        self._heads = {task.name: TaskHead(bundle.manifest, task, bundle.heads[task.name]) for task in bundle.manifest.tasks}
+        for head in self._heads.values():
+            check_head(head, bundle.manifest)  # which also warms it up
 
     @classmethod
     def open(cls, store: Path, wanted: str, max_fpr: float = 0.01, threads: int | None = None) -> LocalGate:
@@ -68,6 +74,21 @@ class LocalGate:
         if len(pictures) == 0:
             return []
         return judge_outputs(self._session.run(np.stack(list(pictures))), self.manifest, self.max_fpr)
+
+    def classify(self, task: str, judged: Sequence[Judged]) -> NDArray[np.float32]:
+        """Probabilities [N, C] of a task's classes for N answers of this gate, in `manifest.tasks`' order of classes.
+
+        KeyError where the bundle has no head for `task`. In this thread and on one core, so call it from a worker thread
+        where an event loop waits: usually it takes less than a millisecond, but not for thousands of classes.
+        """
+        head = self._heads[task]
+        if len(judged) == 0:
+            return np.zeros((0, len(head.task.classes)), np.float32)
+        confidence = np.array([list(answer.verdict.confidence.values()) for answer in judged], np.float32)
+        probabilities = head.run(np.stack([answer.embedding for answer in judged]), confidence)
+        if not np.isfinite(probabilities).all():
+            raise BrokenOutput(f"a probability of task {task} is not finite")
+        return probabilities
 
 
 def _providers(provider: Literal["cpu", "cuda"], allow_fallback: bool) -> tuple[str, ...]:

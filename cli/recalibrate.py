@@ -1,0 +1,55 @@
+"""`twogate recalibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import Store, store_folder
+
+
+def recalibrate(
+    wanted: Annotated[str, typer.Argument(metavar="BUNDLE", help="NAME (its newest version) or NAME/VERSION.")],
+    data: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Clean images of the domain, in it and below.")],
+    store: Store = None,
+    allow_small: Annotated[
+        bool, typer.Option("--allow-small", help="Take fewer images than the usual max_fpr of 0.01 needs, which is 99.")
+    ] = False,
+) -> None:
+    """Calibrate a bundle on clean images of another domain, and publish that as a new version.
+
+    - `twogate recalibrate photos --data scans/ --store bundles/`
+
+    The graph and with it every embedding and score stay as they are; what changes is the table that p-values are read
+    from, so that about max_fpr of the clean images of *this* domain are flagged. Bring images that are like those to come,
+    that nobody attacked, and that the bundle was not trained on: 99 for a max_fpr of 0.01, 999 for 0.001. The new
+    version appears whole or not at all; its folder is printed.
+    """
+    from cli.bar import bar
+    from model_store.bundle import load_bundle
+    from model_store.recalibrate import recalibrate as calibrate_anew
+    from model_store.store import resolve
+    from service.cores import usable_cores
+
+    folder = store_folder(store)
+    bundle = load_bundle(resolve(folder, wanted))
+    with bar(f"scoring with {bundle.label}") as shown:
+        done = calibrate_anew(
+            bundle,
+            folder,
+            data,
+            allow_small=allow_small,
+            threads=usable_cores(),
+            begin=shown.begin,
+            advance=shown.advance,
+        )
+    for path, reason in done.answers.skipped:
+        typer.echo(f"skipped {path}: {reason}", err=True)
+    smallest = done.calibration.smallest_budget
+    typer.echo(f"calibrated on {done.calibration.n} clean images; the smallest max_fpr is {smallest:.2g}", err=True)
+    for budget in (0.001, 0.01, 0.05):
+        supported = "is supported" if budget >= smallest else f"needs {round(1 / budget) - 1} images"
+        typer.echo(f"  max_fpr {budget:g} {supported}", err=True)
+    typer.echo(done.place)

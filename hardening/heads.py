@@ -1,0 +1,319 @@
+"""Task heads: classifiers on a bundle's frozen branches, trained from a labelled folder, without torch.
+
+Each branch of the embedding gets a linear head, as `branches.train_head` fits them; the RFDM fusion of their logits
+(ZePAD section 3), with or without the guard of `branches.guard`, and the last softmax are part of one small ONNX graph.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegressionCV
+
+from model_store.bundle import Bundle
+from model_store.errors import TwogateError
+from model_store.folder import Answers, answer_files, files_below
+from model_store.manifest import NAME_PATTERN, Manifest, Task, task_file
+from model_store.revise import revise
+from model_store.session import GateSession
+from model_store.tasks import TaskHead, check_head
+
+Fusion = Literal["guarded", "rfdm"]
+RFDM_K = 3.0
+GUARD_FLOOR, GUARD_LEAST = 0.1, 1e-6
+VALIDATION_SHARE = 0.15
+FOLDS = 3
+MIN_PER_CLASS = 5
+"""One to validate on, and more than one a fold to train on."""
+_OPSET, _IR = 17, 8  # old enough for every host that runs the main graph
+
+
+class HeadError(TwogateError):
+    """No head can be trained from this."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A branch's head on its slice of the embedding: logits [N, C] = slice @ weight + bias."""
+
+    branch: str
+    start: int
+    """First column of the slice in the embedding."""
+    weight: NDArray[np.float64]
+    """[d, C], standardisation folded in."""
+    bias: NDArray[np.float64]
+    """[C]"""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A labelled folder: classes, and (file, class index) of its images."""
+
+    classes: tuple[str, ...]
+    train: tuple[tuple[Path, int], ...]
+    test: tuple[tuple[Path, int], ...]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of it."""
+
+    place: Path
+    """The folder of the new version."""
+    task: Task
+    skipped: tuple[tuple[Path, str], ...]
+
+
+def add_head(
+    bundle: Bundle,
+    store: Path,
+    name: str,
+    folder: Path,
+    *,
+    fusion: Fusion = "guarded",
+    seed: int = 0,
+    threads: int = 1,
+    begin: Callable[[int], None] = lambda files: None,
+    advance: Callable[[], None] = lambda: None,
+) -> Trained:
+    """Train a head for the task `name` on a labelled folder, and publish `bundle` with it in `store` as a new version.
+
+    15% of the images of each class are held out and give the validation accuracy; `test/`, where there is one, gives a
+    number too and chooses nothing. A head of the same name is replaced. `begin` is told the number of files, `advance` is
+    called once for each. HeadError, FolderError or BundleError say what is wrong, and then nothing is published.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise HeadError(f"{name!r} cannot be a task's name: up to 64 of a-z 0-9 . _ -, beginning with a letter or digit")
+    manifest = bundle.manifest
+    data = labelled(folder)
+    files = [*data.train, *data.test]
+    begin(len(files))
+    session = GateSession(bundle, threads=threads)
+    paths = [path for path, _ in files]
+    answers = answer_files(session, manifest.pixels, paths, threads=threads, advance=advance)
+    label_of = dict(files)
+    labels = np.array([label_of[path] for path in answers.paths], dtype=np.int64)
+    testing = {path for path, _ in data.test}
+    test = np.array([path in testing for path in answers.paths])
+    _check_counts(labels[~test], data.classes)
+    train, validation = hold_out(labels, ~test, seed)
+    heads = train_heads(manifest, answers.embedding[train], labels[train], len(data.classes))
+    graph = head_graph(manifest, heads, fusion)
+    where = folder.resolve().name
+    task = Task(
+        name=name,
+        classes=data.classes,
+        file=task_file(name),
+        fusion=fusion,
+        trained_on=f"{len(train)} images of {len(data.classes)} classes, the folder {where}",
+    )
+    head = TaskHead(manifest, task, graph)
+    check_head(head, manifest)
+    metrics = {"validation_clean_acc": _accuracy(head, answers, labels, validation)}
+    if test.any():
+        metrics["test_clean_acc"] = _accuracy(head, answers, labels, np.flatnonzero(test))
+    task = task.model_copy(update={"metrics": metrics})
+    counts = {"train": len(train), "validation": len(validation), "test": int(test.sum())}
+    record = {
+        "task": name,
+        "images": counts,
+        "skipped": len(answers.skipped),
+        "sha256": answers.digest,
+        "seed": seed,
+        "libraries": {library: importlib.metadata.version(library) for library in ("scikit-learn", "onnx", "numpy")},
+    }
+    place = revise(
+        bundle,
+        store,
+        fields={"tasks": (*(one for one in manifest.tasks if one.name != name), task)},
+        files={task.file: graph},
+        card=_card(bundle, task, counts, where),
+        record=record,
+    )
+    return Trained(place, task, answers.skipped)
+
+
+def labelled(folder: Path) -> Labelled:
+    """What `train/<class>/*` (or `<class>/*`) and `test/<class>/*` hold. HeadError says what is missing."""
+
+    def classes_in(place: Path) -> list[str]:
+        if not place.is_dir():
+            return []
+        return sorted(entry.name for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+    root = folder / "train" if classes_in(folder / "train") else folder
+    # Where test/ has folders of its own it is no class.
+    testing = classes_in(folder / "test")
+    classes = [name for name in classes_in(root) if not (root == folder and name == "test" and testing)]
+    if len(classes) < 2:
+        found = f"only {classes[0]}" if classes else "none"
+        raise HeadError(f"{folder} must hold two or more folders, <class>/* or train/<class>/*; it has {found}")
+    for name in classes:
+        if not name.isprintable():
+            raise HeadError(f"the folder {name!r} cannot be a class: its name has characters that cannot be printed")
+    strangers = sorted(set(testing) - set(classes))
+    if strangers:
+        raise HeadError(f"{folder / 'test'} has the class {strangers[0]!r}, which there are no images to train on for")
+
+    def images(place: Path, names: Sequence[str]) -> tuple[tuple[Path, int], ...]:
+        return tuple((file, classes.index(name)) for name in names for file in files_below(place / name))
+
+    return Labelled(tuple(classes), images(root, classes), images(folder / "test", testing))
+
+
+def hold_out(labels: NDArray[np.int64], usable: NDArray[np.bool_], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices (train, validation) of the usable images; 15% of each class are held out, at least one."""
+    rng = np.random.default_rng(seed)
+    train: list[int] = []
+    validation: list[int] = []
+    for label in np.unique(labels[usable]):
+        members = rng.permutation(np.flatnonzero(usable & (labels == label)))
+        held = max(1, round(VALIDATION_SHARE * len(members)))
+        validation.extend(members[:held].tolist())
+        train.extend(members[held:].tolist())
+    return np.array(sorted(train), dtype=np.int64), np.array(sorted(validation), dtype=np.int64)
+
+
+def train_heads(manifest: Manifest, embedding: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> list[Linear]:
+    """A linear head for each MPAE and BMP branch, fitted on its slice of embeddings [N, D] with labels [N] in 0..C-1."""
+    parts = [branch for branch in manifest.branches if branch.embedding_dim]
+    # The embedding is the unit-length features side by side, divided by this.
+    root = math.sqrt(len(parts))
+    heads, start = [], 0
+    for branch in parts:
+        if branch.role != "tripwire":
+            features = embedding[:, start : start + branch.embedding_dim].astype(np.float64) * root
+            weight, bias = _fit(features, labels, classes)
+            heads.append(Linear(branch.name, start, weight * root, bias))
+        start += branch.embedding_dim
+    return heads
+
+
+def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> bytes:
+    """The graph of the contract: embedding [N, D] and confidence [N, B] in, probabilities [N, C] out."""
+    names = [branch.name for branch in manifest.branches]
+    classes = heads[0].weight.shape[1]
+    constants: dict[str, NDArray[Any]] = {
+        "columns": np.array([1], np.int64),
+        "last": np.array([2], np.int64),
+        "half": np.array(0.5, np.float32),
+        "steepness": np.array(RFDM_K, np.float32),
+    }
+    nodes: list[onnx.NodeProto] = []
+
+    def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+
+    for head in heads:
+        b = head.branch
+        constants[f"{b}_weight"] = head.weight.astype(np.float32)
+        constants[f"{b}_bias"] = head.bias.astype(np.float32)
+        constants[f"{b}_start"] = np.array([head.start], np.int64)
+        constants[f"{b}_end"] = np.array([head.start + len(head.weight)], np.int64)
+        node("Slice", ["embedding", f"{b}_start", f"{b}_end", "columns"], f"{b}_features")
+        node("Gemm", [f"{b}_features", f"{b}_weight", f"{b}_bias"], f"{b}_logits")
+        node("Softmax", [f"{b}_logits"], f"{b}_probabilities", axis=1)
+        node("ReduceMax", [f"{b}_probabilities"], f"{b}_certainty", axes=[1], keepdims=1)
+        node("Unsqueeze", [f"{b}_logits", "columns"], f"{b}_row")
+    # RFDM: c = m exp(k (m - 1/2)), with m the largest probability of each branch.
+    node("Concat", [f"{head.branch}_certainty" for head in heads], "certainty", axis=1)
+    node("Sub", ["certainty", "half"], "centred")
+    node("Mul", ["centred", "steepness"], "exponent")
+    node("Exp", ["exponent"], "boost")
+    node("Mul", ["certainty", "boost"], "vote")
+    if fusion == "guarded":
+        # And the vote is taken from a branch that its own evidence speaks against.
+        constants["voters"] = np.array([names.index(head.branch) for head in heads], np.int64)
+        constants["floor"] = np.array(GUARD_FLOOR, np.float32)
+        constants["least"] = np.array(GUARD_LEAST, np.float32)
+        constants["most"] = np.array(1, np.float32)
+        node("Gather", ["confidence", "voters"], "trust", axis=1)
+        node("Div", ["trust", "floor"], "relative")
+        node("Clip", ["relative", "least", "most"], "guard")
+        node("Mul", ["vote", "guard"], "guarded_vote")
+    node("ReduceSum", ["guarded_vote" if fusion == "guarded" else "vote", "columns"], "votes", keepdims=1)
+    node("Div", ["guarded_vote" if fusion == "guarded" else "vote", "votes"], "share")
+    node("Unsqueeze", ["share", "last"], "share_column")
+    node("Concat", [f"{head.branch}_row" for head in heads], "logits", axis=1)
+    node("Mul", ["logits", "share_column"], "weighted")
+    node("ReduceSum", ["weighted", "columns"], "fused", keepdims=0)
+    node("Softmax", ["fused"], "probabilities", axis=1)
+    graph = helper.make_graph(
+        nodes,
+        "task",
+        [
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", manifest.embedding_dim]),
+            helper.make_tensor_value_info("confidence", TensorProto.FLOAT, ["N", len(names)]),
+        ],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", classes])],
+        [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+def _fit(
+    features: NDArray[np.float64], labels: NDArray[np.int64], classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weight [d, C] and bias [C] on raw features: multinomial logistic regression, its penalty chosen by three folds."""
+    mean, scale = features.mean(axis=0), features.std(axis=0, ddof=1)
+    # A channel that hardly moves is not blown up.
+    scale = np.maximum(scale, max(0.1 * float(scale.mean()), 1e-6))
+    model = LogisticRegressionCV(
+        Cs=[1e-3, 1e-2, 1e-1, 1.0],
+        cv=FOLDS,
+        scoring="neg_log_loss",
+        max_iter=300,
+        l1_ratios=(0,),
+        use_legacy_attributes=False,
+    )
+    with warnings.catch_warnings():
+        # A weak penalty may want more steps; the folds judge what came out of these.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit((features - mean) / scale, labels)
+    weight, bias = np.asarray(model.coef_, np.float64), np.asarray(model.intercept_, np.float64)
+    if classes == 2:  # scikit-learn keeps one row of weights for two classes
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight = weight / scale
+    return weight.T, bias - weight @ mean
+
+
+def _check_counts(labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:
+    for label, name in enumerate(classes):
+        count = int((labels == label).sum())
+        if count < MIN_PER_CLASS:
+            raise HeadError(f"the class {name!r} has {count} usable images and needs at least {MIN_PER_CLASS}")
+
+
+def _accuracy(head: TaskHead, answers: Answers, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> float:
+    found = head.run(answers.embedding[rows], answers.confidence[rows]).argmax(axis=1)
+    return float((found == labels[rows]).mean())
+
+
+def _card(bundle: Bundle, task: Task, counts: dict[str, int], where: str) -> str:
+    lines = [
+        f"## Task {task.name}",
+        "",
+        f"A head for {len(task.classes)} classes, added to {bundle.label}; the graph is the same. Trained on {where}, "
+        f"fusion {task.fusion}.",
+        "",
+        "| clean accuracy on | images | % |",
+        "| --- | --- | --- |",
+    ]
+    for metric, value in task.metrics.items():
+        split = metric.partition("_")[0]
+        lines.append(f"| {split} | {counts[split]} | {100 * value:.1f} |")
+    return "\n".join([*lines, "", "Accuracy under attack was not measured here."])

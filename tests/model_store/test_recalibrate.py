@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import kstest
+
+from model_store.bundle import load_bundle, verify_bundle
+from model_store.calibration import BudgetTooSmall
+from model_store.folder import FolderError
+from model_store.recalibrate import recalibrate
+from model_store.session import GateSession
+from model_store.store import versions
+from tests.support.tiny_bundle import make_tiny_bundle, noisy_images, smooth_images
+
+
+def domain(n: int, seed: int) -> NDArray[np.uint8]:
+    """Clean pictures of another kind: with much more grain than those that the tiny bundle was calibrated on."""
+    rng = np.random.default_rng(seed)
+    grain = rng.normal(0, 1, (n, 32, 32, 3)) * rng.uniform(8, 40, (n, 1, 1, 1))
+    return (smooth_images(n, 32, seed=seed) + grain).clip(0, 255).astype(np.uint8)
+
+
+def write(pictures: NDArray[np.uint8], folder: Path) -> Path:
+    for number, picture in enumerate(pictures):
+        place = folder / str(number % 3)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(place / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    return make_tiny_bundle(tmp_path / "store")
+
+
+def test_p_values_of_fresh_clean_images_are_uniform(old: Path, tmp_path: Path) -> None:
+    was = {file.name: file.read_bytes() for file in old.iterdir()}
+    done = recalibrate(load_bundle(old), old.parents[1], write(domain(400, 1), tmp_path / "scans"))
+    verify_bundle(done.place)
+    before, after = load_bundle(old), load_bundle(done.place)
+    assert after.model == before.model
+    assert after.manifest.calibration.source == "400 clean images, the folder scans"
+    assert after.manifest.calibration.n == 400
+    fresh = GateSession(after).run(domain(600, 2)).score
+    p_before, p_after = (bundle.manifest.calibration.p_value(fresh) for bundle in (before, after))
+    assert kstest(p_before, "uniform").pvalue < 1e-6
+    assert kstest(p_after, "uniform").pvalue > 0.05
+    for budget in (0.01, 0.05):
+        assert (p_before <= budget).mean() > 0.5
+        assert (p_after <= budget).mean() <= budget + 3 * np.sqrt(budget * (1 - budget) * (1 / 600 + 1 / 400))
+    # What the detector sees is still seen.
+    noise = GateSession(after).run(noisy_images(20, 32, seed=3)).score
+    assert (after.manifest.calibration.p_value(noise) <= 0.01).all()
+    assert {file.name: file.read_bytes() for file in old.iterdir()} == was
+
+
+def test_the_card_and_the_record_say_so(old: Path, tmp_path: Path) -> None:
+    done = recalibrate(load_bundle(old), old.parents[1], write(domain(120, 1), tmp_path / "scans"))
+    card = (done.place / "card.md").read_text()
+    assert "## Recalibrated on scans" in card
+    assert "From tiny/1" in card
+    assert "smallest\nmax_fpr that they support is 0.0083" in card
+    (revision,) = load_bundle(done.place).manifest.provenance["revisions"]
+    assert (revision["recalibrated_on"], revision["images"], revision["skipped"]) == ("scans", 120, 0)
+    assert len(revision["sha256"]) == 64
+
+
+def test_the_same_folder_gives_the_same_table(old: Path, tmp_path: Path) -> None:
+    folder = write(domain(110, 1), tmp_path / "scans")
+    one, two = (recalibrate(load_bundle(old), old.parents[1], folder, threads=threads) for threads in (1, 3))
+    np.testing.assert_allclose(one.calibration.scores, two.calibration.scores, atol=1e-6)
+    assert one.answers.digest == two.answers.digest
+    assert one.answers.paths == two.answers.paths
+
+
+def test_too_few_images_are_refused(old: Path, tmp_path: Path) -> None:
+    bundle, store = load_bundle(old), old.parents[1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FolderError, match="at least 19 images"):
+        recalibrate(bundle, store, tmp_path / "empty")
+    with pytest.raises(FolderError, match="at least 19 images"):
+        recalibrate(bundle, store, write(domain(18, 1), tmp_path / "few"), allow_small=True)
+    small = write(domain(98, 1), tmp_path / "small")
+    with pytest.raises(BudgetTooSmall, match="needs at least 99 calibration images.*--allow-small"):
+        recalibrate(bundle, store, small)
+    assert versions(store, "tiny") == [1]
+    assert recalibrate(bundle, store, small, allow_small=True).calibration.n == 98
+    assert recalibrate(bundle, store, write(domain(99, 1), tmp_path / "enough")).place.name == "3"
+
+
+def test_files_that_are_no_images_are_listed_or_too_many(old: Path, tmp_path: Path) -> None:
+    folder = write(domain(99, 1), tmp_path / "scans")
+    for number in range(11):
+        (folder / f"note-{number}.txt").write_text("no image")
+    (folder / ".hidden.txt").write_text("not even counted")
+    steps: list[int] = []
+    done = recalibrate(
+        load_bundle(old), old.parents[1], folder, begin=lambda files: steps.append(files), advance=lambda: steps.append(1)
+    )
+    assert steps[0] == 110
+    assert sum(steps[1:]) == 110
+    assert done.calibration.n == 99
+    assert len(done.answers.skipped) == 11
+    (folder / "note-11.txt").write_text("one too many")
+    with pytest.raises(FolderError, match=r"12 of 111 files are no usable images; the first is .*note-0\.txt"):
+        recalibrate(load_bundle(old), old.parents[1], folder)
+    assert versions(old.parents[1], "tiny") == [1, 2]
+
+
+def test_many_unreadable_files_among_few_are_refused(old: Path, tmp_path: Path) -> None:
+    folder = write(domain(18, 1), tmp_path / "scans")
+    (folder / "note.txt").write_text("no image")
+    with pytest.raises(FolderError, match="holds 18 images"):
+        recalibrate(load_bundle(old), old.parents[1], folder, allow_small=True)
