@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Process, Twogate
+from tests.support.tiny_head import add_tiny_head
 
 
 def test_list(twogate: Twogate, own_store: Path) -> None:
@@ -100,3 +101,28 @@ def test_verify_of_what_is_not_there(twogate: Twogate, own_store: Path) -> None:
         result = twogate("bundle", "verify", wanted, "--store", own_store)
         assert result.exit_code == 1
         assert result.stderr.startswith("twogate: ")
+
+
+def test_diff_of_two_bundles(twogate: Twogate, own_store: Path) -> None:
+    result = twogate("bundle", "diff", "tiny/1", "tiny/2", "--store", own_store)
+    assert result.exit_code == 0
+    header, *lines = result.stdout.splitlines()
+    assert header.split() == ["what", "tiny/1", "tiny/2"]
+    for words in ("file model.onnx", "detector seed", "calibration", "golden vector"):
+        assert any(line.startswith(words) for line in lines)
+    assert not any(line.startswith(("pixels", "branch", "task", "file card.md")) for line in lines)
+
+
+def test_diff_shows_calibration_and_tasks(twogate: Twogate, own_store: Path) -> None:
+    add_tiny_head(own_store / "tiny/1", own_store)
+    output = twogate("bundle", "diff", "tiny/1", own_store / "tiny/3", "--store", own_store).stdout
+    assert "file tasks/animals.onnx" in output
+    assert "3 classes, guarded" in output
+    assert "model.onnx" not in output
+
+
+def test_diff_of_a_bundle_and_itself(twogate: Twogate, own_store: Path) -> None:
+    result = twogate("bundle", "diff", "tiny/1", "tiny/1", "--store", own_store)
+    assert result.exit_code == 0
+    assert result.stdout == "tiny/1 and tiny/1 do not differ in what they answer\n"
+    assert twogate("bundle", "diff", "tiny/1", "tiny/9", "--store", own_store).exit_code == 1

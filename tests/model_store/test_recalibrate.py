@@ -85,7 +85,7 @@ def test_too_few_images_are_refused(old: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="at least 19 images"):
         recalibrate(bundle, store, write(domain(18, 1), tmp_path / "few"), allow_small=True)
     small = write(domain(98, 1), tmp_path / "small")
-    with pytest.raises(BudgetTooSmall, match="needs at least 99 calibration images.*--allow-small"):
+    with pytest.raises(BudgetTooSmall, match=r"needs at least 99 calibration images.*--allow-small"):
         recalibrate(bundle, store, small)
     assert versions(store, "tiny") == [1]
     assert recalibrate(bundle, store, small, allow_small=True).calibration.n == 98

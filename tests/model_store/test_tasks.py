@@ -112,7 +112,10 @@ def test_probabilities_must_be_probabilities(tiny: Bundle, tmp_path: Path) -> No
         ]
         nodes = [*limits, helper.make_node("Slice", ["embedding", "start", "end", "axis"], ["cut"])]
         if then == "Sqrt":  # of negative numbers: not a number
-            nodes += [helper.make_node("Neg", ["positive"], ["below"]), helper.make_node("Sqrt", ["below"], ["probabilities"])]
+            nodes += [
+                helper.make_node("Neg", ["positive"], ["below"]),
+                helper.make_node("Sqrt", ["below"], ["probabilities"]),
+            ]
             nodes.insert(-2, helper.make_node("Exp", ["cut"], ["positive"]))
         else:
             nodes.append(helper.make_node(then, ["cut"], ["probabilities"]))

@@ -12,7 +12,8 @@ def test_the_page_is_self_contained_and_shows_every_path_and_problem(client: htt
     assert "<script" not in page.text
     assert "http://" not in page.text.replace(str(client.base_url).rstrip("/"), "")
     assert "https://" not in page.text
-    for path in ("/v1/embeddings", "/v1/scan", "/v1/models", "/v1/limits", "/health/live", "/health/ready", "/metrics"):
+    paths = ("/v1/embeddings", "/v1/scan", "/v1/tasks/{task}/classify", "/v1/models", "/v1/limits")
+    for path in (*paths, "/health/live", "/health/ready", "/metrics"):
         assert f" {path}</code>" in page.text
     for kind in all_problems():
         assert client.get(f"/problems/{kind.name}").text.startswith(kind.name)

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from hardening.branches import fuse, guard, rfdm_weights, train_head
+from hardening.heads import Fusion, HeadError, Linear, add_head, head_graph, hold_out, labelled, train_heads
+from model_store.bundle import load_bundle, verify_bundle
+from model_store.folder import FolderError
+from model_store.manifest import MODEL_FILE, Branch, Manifest
+from model_store.store import versions
+from model_store.tasks import TaskHead
+from tests.conftest import REPOSITORY
+from tests.support.tiny_bundle import make_tiny_bundle
+from tests.support.tiny_head import drawn_heads
+from tests.support.toy_images import write_digits
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+def by_the_formulas(
+    manifest: Manifest, heads: list[Linear], embedding: NDArray[np.float32], confidence: NDArray[np.float32], fusion: Fusion
+) -> NDArray[np.float64]:
+    """Probabilities [N, C] in float64, written down from the paper and not from the graph."""
+    logits = np.stack([embedding[:, h.start : h.start + len(h.weight)] @ h.weight + h.bias for h in heads], axis=1)
+    m = softmax(logits).max(axis=2)
+    weights = m * np.exp(3 * (m - 0.5))
+    if fusion == "guarded":
+        names = [branch.name for branch in manifest.branches]
+        trust = np.stack([confidence[:, names.index(h.branch)] for h in heads], axis=1)
+        weights = weights * np.clip(trust / 0.1, 1e-6, 1)
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    return softmax((weights[:, :, None] * logits).sum(axis=1))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return make_tiny_bundle(tmp_path / "store")
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    return write_digits(tmp_path / "digits", train=40, test=10, classes=3)
+
+
+def some(n: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Embeddings [n, 24] as the tiny bundle gives them, and confidences [n, 4], many of them low."""
+    rng = np.random.default_rng(seed)
+    parts = rng.normal(size=(n, 3, 8))
+    parts /= np.linalg.norm(parts, axis=2, keepdims=True)
+    embedding = (parts / np.sqrt(3)).reshape(n, 24).astype(np.float32)
+    confidence = (rng.random((n, 4)) ** 3).astype(np.float32)
+    confidence[0] = 0
+    return embedding, confidence
+
+
+@pytest.mark.parametrize("fusion", ["guarded", "rfdm"])
+@pytest.mark.parametrize("classes", [2, 3, 50])
+def test_the_graph_is_the_formulas(tiny: Path, fusion: Fusion, classes: int) -> None:
+    manifest, heads = load_bundle(tiny).manifest, drawn_heads(classes)
+    session = ort.InferenceSession(head_graph(manifest, heads, fusion), providers=["CPUExecutionProvider"])
+    embedding, confidence = some(200)
+    (found,) = session.run(None, {"embedding": embedding, "confidence": confidence})
+    np.testing.assert_allclose(found, by_the_formulas(manifest, heads, embedding, confidence, fusion), atol=2e-5)
+    assert {i.name for i in session.get_inputs()} == {"embedding", "confidence"}
+
+
+@pytest.mark.parametrize("fusion", ["guarded", "rfdm"])
+def test_the_formulas_are_those_of_the_branches(tiny: Path, fusion: Fusion) -> None:
+    manifest, heads = load_bundle(tiny).manifest, drawn_heads()
+    embedding, confidence = some(50)
+    stacked = [torch.as_tensor(embedding[:, h.start : h.start + 8] @ h.weight + h.bias) for h in heads]
+    logits = torch.stack(stacked, dim=1)
+    weights = rfdm_weights(logits)
+    if fusion == "guarded":
+        weights = guard(weights, torch.as_tensor(confidence[:, :3], dtype=torch.float64))
+    expected = fuse(logits, weights).softmax(dim=1).numpy()
+    np.testing.assert_allclose(by_the_formulas(manifest, heads, embedding, confidence, fusion), expected, atol=1e-9)
+
+
+def test_columns_are_picked_by_name(tiny: Path) -> None:
+    """A tripwire between the branches shifts the columns of confidence, not those of the embedding."""
+    manifest = load_bundle(tiny).manifest
+    victim, auxiliary, clean, tripwire = manifest.branches
+    moved = manifest.model_copy(update={"branches": (tripwire, victim, auxiliary, clean)})
+    embedding, confidence = some(40)
+    answers = []
+    for one, columns in ((manifest, confidence), (moved, confidence[:, [3, 0, 1, 2]])):
+        session = ort.InferenceSession(head_graph(one, drawn_heads(), "guarded"), providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, {"embedding": embedding, "confidence": columns})[0])
+    np.testing.assert_array_equal(*answers)
+    starts = [head.start for head in train_heads(moved, np.tile(embedding, (2, 1)), np.arange(80) % 2, 2)]
+    assert starts == [0, 8, 16]
+
+
+def test_a_tripwire_that_is_part_of_the_embedding_has_no_vote(tiny: Path) -> None:
+    manifest = load_bundle(tiny).manifest
+    branches = tuple(
+        Branch(
+            name=b.name, role="tripwire" if b.name == "auxiliary" else b.role, description="", embedding_dim=b.embedding_dim
+        )
+        for b in manifest.branches
+    )
+    other = manifest.model_copy(update={"branches": branches})
+    embedding, _ = some(80)
+    heads = train_heads(other, embedding, np.arange(80) % 2, 2)
+    assert [(head.branch, head.start) for head in heads] == [("victim", 0), ("clean", 16)]
+
+
+def test_a_guarded_head_takes_the_vote_from_a_branch_that_is_not_trusted(tiny: Path) -> None:
+    manifest = load_bundle(tiny).manifest
+    heads = drawn_heads()
+    session = ort.InferenceSession(head_graph(manifest, heads, "guarded"), providers=["CPUExecutionProvider"])
+    embedding, confidence = some(100)
+    confidence[:] = (0, 1, 1, 1)
+    (without,) = session.run(None, {"embedding": embedding, "confidence": confidence})
+    pair = by_the_formulas(manifest, heads[1:], embedding, confidence, "rfdm")
+    np.testing.assert_allclose(without, pair, atol=1e-3)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_branchs_head_is_the_one_that_evaluation_trains(tiny: Path, classes: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % classes
+    embedding, _ = some(90)
+    embedding[:, 0] += (labels * 0.4).astype(np.float32)
+    embedding[:, 3] = np.float32(0.2) + rng.normal(0, 1e-5, 90).astype(np.float32)  # a channel that hardly moves
+    head = train_heads(load_bundle(tiny).manifest, embedding, labels, classes)[0]
+    features = torch.as_tensor(embedding[:, :8]) * np.float32(np.sqrt(3))
+    expected = train_head(features, labels)(features).numpy()
+    np.testing.assert_allclose(embedding[:, :8] @ head.weight + head.bias, expected, atol=2e-3)
+
+
+def test_training_publishes_a_version_that_classifies(tiny: Path, digits: Path) -> None:
+    was = {file: file.read_bytes() for file in tiny.rglob("*") if file.is_file()}
+    steps: list[int] = []
+    trained = add_head(
+        load_bundle(tiny), tiny.parents[1], "digits", digits, begin=steps.append, advance=lambda: steps.append(1)
+    )
+    assert (steps[0], sum(steps[1:])) == (150, 150)
+    assert trained.place == tiny.parent / "2"
+    verify_bundle(trained.place)
+    bundle = load_bundle(trained.place)
+    assert bundle.manifest.tasks == (trained.task,)
+    assert trained.task.classes == ("0", "1", "2")
+    assert trained.task.fusion == "guarded"
+    assert trained.task.trained_on == "102 images of 3 classes, the folder digits"
+    assert set(trained.task.metrics) == {"validation_clean_acc", "test_clean_acc"}
+    assert trained.task.metrics["test_clean_acc"] > 0.8
+    assert (trained.place / MODEL_FILE).read_bytes() == (tiny / MODEL_FILE).read_bytes()
+    assert "## Task digits" in (trained.place / "card.md").read_text()
+    assert all(file.read_bytes() == data for file, data in was.items())
+    assert bundle.manifest.provenance["revisions"][0]["images"] == {"train": 102, "validation": 18, "test": 30}
+
+
+def test_the_same_images_give_the_same_head(tiny: Path, digits: Path) -> None:
+    one, two = (add_head(load_bundle(tiny), tiny.parents[1], "digits", digits) for _ in range(2))
+    assert (one.place / one.task.file).read_bytes() == (two.place / two.task.file).read_bytes()
+    other = add_head(load_bundle(tiny), tiny.parents[1], "digits", digits, seed=1)
+    assert (one.place / one.task.file).read_bytes() != (other.place / other.task.file).read_bytes()
+
+
+def test_test_images_choose_nothing(tiny: Path, digits: Path) -> None:
+    with_test = add_head(load_bundle(tiny), tiny.parents[1], "digits", digits)
+    (digits / "test").rename(digits.parent / "set-aside")
+    without = add_head(load_bundle(tiny), tiny.parents[1], "digits", digits)
+    assert (with_test.place / with_test.task.file).read_bytes() == (without.place / without.task.file).read_bytes()
+    assert set(without.task.metrics) == {"validation_clean_acc"}
+
+
+def test_a_head_of_the_same_name_is_replaced_and_others_stay(tiny: Path, digits: Path) -> None:
+    store = tiny.parents[1]
+    first = add_head(load_bundle(tiny), store, "digits", digits)
+    second = add_head(load_bundle(first.place), store, "more", digits, fusion="rfdm")
+    third = add_head(load_bundle(second.place), store, "digits", digits, fusion="rfdm")
+    assert [(task.name, task.fusion) for task in load_bundle(third.place).manifest.tasks] == [
+        ("more", "rfdm"),
+        ("digits", "rfdm"),
+    ]
+    verify_bundle(third.place)
+
+
+def test_two_classes(tiny: Path, tmp_path: Path) -> None:
+    digits = write_digits(tmp_path / "two", train=30, test=10, classes=2)
+    trained = add_head(load_bundle(tiny), tiny.parents[1], "two", digits)
+    bundle = load_bundle(trained.place)
+    _, embedding, confidence, _ = bundle.manifest.golden.arrays()
+    assert TaskHead(bundle.manifest, trained.task, bundle.heads["two"]).run(embedding, confidence).shape == (3, 2)
+    assert trained.task.metrics["test_clean_acc"] > 0.9
+
+
+def test_folders_of_classes_without_train(digits: Path) -> None:
+    nested = labelled(digits)
+    flat = labelled(digits / "train")
+    assert [file.relative_to(digits / "train") for file, _ in nested.train] == [
+        file.relative_to(digits / "train") for file, _ in flat.train
+    ]
+    assert (len(nested.test), len(flat.test)) == (30, 0)
+    # Beside classes, test/ is the split if it has folders of its own, and else a class.
+    (digits / "train").rename(digits / "0")
+    (digits / "1").mkdir()
+    (digits / "test" / "2").rename(digits.parent / "gone")
+    assert labelled(digits).classes == ("0", "1")
+    for folder in ("0", "1"):
+        (digits / "test" / folder).rename(digits.parent / f"gone-{folder}")
+    assert labelled(digits).classes == ("0", "1", "test")
+
+
+@pytest.mark.parametrize("name", ["", "Digits", "../up", "a/b", ".hidden", "x" * 65, "a b"])
+def test_a_bad_name_is_refused(tiny: Path, digits: Path, name: str) -> None:
+    with pytest.raises(HeadError, match="cannot be a task's name"):
+        add_head(load_bundle(tiny), tiny.parents[1], name, digits)
+
+
+def test_what_cannot_be_trained_on_is_refused_and_nothing_published(tiny: Path, tmp_path: Path) -> None:
+    bundle, store = load_bundle(tiny), tiny.parents[1]
+
+    def refused(folder: Path, message: str, kind: type[Exception] = HeadError) -> None:
+        with pytest.raises(kind, match=message):
+            add_head(bundle, store, "digits", folder)
+
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "two or more folders.*none")
+    refused(write_digits(tmp_path / "one", train=20, test=0, classes=1), "two or more folders.*only 0")
+    refused(write_digits(tmp_path / "few", train=4, test=0, classes=3), "'0' has 4 usable images and needs at least 5")
+    stranger = write_digits(tmp_path / "stranger", train=20, test=5, classes=2)
+    (stranger / "test" / "1").rename(stranger / "test" / "9")
+    refused(stranger, "class '9'")
+    broken = write_digits(tmp_path / "broken", train=20, test=0, classes=2)
+    for file in sorted((broken / "train/0").iterdir())[:5]:
+        file.write_bytes(b"no image")
+    refused(broken, "5 of 40 files are no usable images", FolderError)
+    assert versions(store, "tiny") == [1]
+    assert [entry.name for entry in tiny.parent.iterdir()] == ["1"]
+
+
+def test_a_few_files_that_are_no_images_are_skipped(tiny: Path, digits: Path) -> None:
+    (digits / "train/0/note.txt").write_text("no image")
+    trained = add_head(load_bundle(tiny), tiny.parents[1], "digits", digits)
+    assert [path.name for path, _ in trained.skipped] == ["note.txt"]
+
+
+def test_each_class_is_held_out_in_its_share() -> None:
+    labels = np.repeat([0, 1, 2], [100, 20, 5])
+    usable = np.ones(125, bool)
+    usable[0] = False
+    train, validation = hold_out(labels, usable, 0)
+    assert np.bincount(labels[validation]).tolist() == [15, 3, 1]
+    assert sorted([*train, *validation]) == list(range(1, 125))
+
+
+def test_the_graph_is_old_and_plain_enough_for_every_host(tiny: Path) -> None:
+    model = onnx.load_from_string(head_graph(load_bundle(tiny).manifest, drawn_heads(), "guarded"))
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 17)]
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_no_torch_is_needed() -> None:
+    code = "import sys, hardening.heads; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
