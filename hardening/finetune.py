@@ -35,7 +35,7 @@ _VALIDATION_STEPS = 5
 _WARM_UP = 0.05
 
 
-class _Best:
+class Best:
     """The weights of the best epoch so far, as part of the checkpoint."""
 
     def __init__(self) -> None:
@@ -43,14 +43,17 @@ class _Best:
         self.state: dict[str, Tensor] = {}
 
     def offer(self, value: float, module: nn.Module) -> None:
+        """Keep the module's weights if `value` is larger than every one before."""
         if value > self.value:
             self.value = value
             self.state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
+        """For `run_epochs`."""
         return {"value": self.value, "state": self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For `run_epochs`."""
         self.value, self.state = state["value"], state["state"]
 
 
@@ -86,7 +89,7 @@ def finetune(
     found = features(public, train[0], device=device)
     centre, scale = found.mean(dim=0), found.std(dim=0)
     scale = scale.clamp_min(0.1 * scale.mean()).clamp_min(1e-6)
-    head = _first_head((found - centre) / scale, train[1], labelled).to(device)
+    head = first_head((found - centre) / scale, train[1], labelled).to(device)
     centre, scale = centre.to(device), scale.to(device)
     trainer = _Trainer(recipe, tuned, public, head, centre, scale, labelled, device)
     per_epoch = math.ceil(len(train[0]) / recipe.batch_size)
@@ -98,8 +101,8 @@ def finetune(
         ],
         weight_decay=recipe.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, steps))
-    best = _Best()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, steps))
+    best = Best()
 
     with bars.task(job, recipe.epochs * len(train[0])) as task:
 
@@ -245,7 +248,7 @@ def augment(images: Tensor, recipe: Finetune, generator: torch.Generator) -> Ten
     return moved.contiguous(memory_format=torch.channels_last)
 
 
-def _first_head(standardised: Tensor, labels: NDArray[np.int64], labelled: bool) -> nn.Linear:
+def first_head(standardised: Tensor, labels: NDArray[np.int64], labelled: bool) -> nn.Linear:
     """A head that already reads the public features: a random one would first tear them apart (Kumar et al. 2022)."""
     if not labelled:
         return nn.Linear(standardised.shape[1], 1)
@@ -260,7 +263,8 @@ def _first_head(standardised: Tensor, labels: NDArray[np.int64], labelled: bool)
     return head
 
 
-def _cosine(step: int, steps: int) -> float:
+def cosine(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: a short warm-up, then half a cosine down to 0."""
     warm = max(1, int(_WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm

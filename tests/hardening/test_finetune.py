@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hardening.attacks.features import pgd_features
 from hardening.encoders import Encoder, as_input, features
 from hardening.files import load_tensors
-from hardening.finetune import _Best, _cosine, _first_head, augment, finetune
+from hardening.finetune import Best, augment, cosine, finetune, first_head
 from hardening.knn import knn_predict
 from hardening.recipe import Finetune
 from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
@@ -133,14 +133,14 @@ def test_the_best_epoch_by_validation_is_kept(toy_encoder: Encoder, train: Split
 
 def test_best_offers() -> None:
     layer = nn.Linear(1, 1)
-    best = _Best()
+    best = Best()
     for value, weight in ((0.2, 1.0), (0.5, 2.0), (0.5, 3.0), (0.1, 4.0)):
         nn.init.constant_(layer.weight, weight)
         best.offer(value, layer)
     nn.init.constant_(layer.weight, 9.0)
     # The first of equals, and a copy, not the layer's own tensor.
     assert (best.value, best.state["weight"].item()) == (0.5, 2.0)
-    other = _Best()
+    other = Best()
     other.load_state_dict(best.state_dict())
     assert (other.value, other.state["weight"].item()) == (0.5, 2.0)
 
@@ -245,7 +245,7 @@ def test_the_first_head_already_reads_the_features(toy_encoder: Encoder, train: 
     chosen = train[1] < classes
     found = features(toy_encoder, train[0][chosen])
     standard = (found - found.mean(0)) / found.std(0).clamp_min(1e-3)
-    head = _first_head(standard, train[1][chosen], labelled=True)
+    head = first_head(standard, train[1][chosen], labelled=True)
     assert head.out_features == classes
     assert (head(standard).argmax(1).numpy() == train[1][chosen]).mean() > 0.95
 
@@ -281,10 +281,10 @@ def test_crops_stay_inside_the_picture_and_differ() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
-    rates = [_cosine(step, 100) for step in range(101)]
+    rates = [cosine(step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == 1
     assert rates[:5] == sorted(rates[:5])
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[-1] == pytest.approx(0)
-    assert _cosine(0, 1) == 1
+    assert cosine(0, 1) == 1

@@ -1,0 +1,1 @@
+"""Other published defences of the same kind, trained on the same data, to compare with."""
