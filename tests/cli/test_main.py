@@ -10,7 +10,7 @@ from cli.main import app
 from tests.cli.conftest import Process, Twogate
 from tests.conftest import REPOSITORY
 
-COMMANDS = ["serve", "embed", "harden", "bundle"]
+COMMANDS = ["serve", "embed", "harden", "head", "recalibrate", "bundle"]
 
 
 def test_version(twogate: Twogate) -> None:
@@ -30,7 +30,18 @@ def test_help_names_every_command_and_the_exit_codes(twogate: Twogate) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["serve"], ["embed"], ["harden"], ["bundle", "list"], ["bundle", "show"], ["bundle", "verify"]]
+    "command",
+    [
+        ["serve"],
+        ["embed"],
+        ["harden"],
+        ["head", "train"],
+        ["recalibrate"],
+        ["bundle", "list"],
+        ["bundle", "show"],
+        ["bundle", "verify"],
+        ["bundle", "diff"],
+    ],
 )
 def test_every_command_has_help_that_teaches(twogate: Twogate, command: list[str]) -> None:
     result = twogate(*command, "--help")
