@@ -35,7 +35,7 @@ LAMBDAS = (0.1, 1.0, 10.0, 100.0)
 DISTANCE_LAMBDAS = (0.01, 0.1, 1.0)
 """A distance is at most 2, where a margin of logits may be tens."""
 MARGINS = (0.05, 5.0)
-DISTANCES = (0.2, 0.6)
+DISTANCES = (0.6, 1.2)
 """How much of the first aim is wanted before the score is turned to. From just over a boundary the score's gradient leads
 straight back; from deep behind it there is a way down on the other side."""
 KAPPA = 0.05

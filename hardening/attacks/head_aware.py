@@ -238,6 +238,6 @@ def _checkpoints(steps: int) -> set[int]:
     """After how many steps Auto-PGD looks back: 22 % first, then ever shorter, down to 6 %."""
     shares, found = [0.0, 0.22], set()
     while shares[-1] < 1:
-        found.add(math.ceil(shares[-1] * steps))
+        found.add(math.ceil(round(shares[-1] * steps, 6)))
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
     return found
