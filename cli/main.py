@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cli import bundle, embed, harden, head, recalibrate, serve
+from cli import bundle, embed, evaluate, harden, head, recalibrate, serve
 from model_store.errors import TwogateError
 
 
@@ -35,6 +35,8 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("embed")(embed.embed)
 app.command("harden")(harden.harden)
+app.command("attack")(evaluate.attack)
+app.command("evaluate")(evaluate.evaluate)
 app.command("recalibrate")(recalibrate.recalibrate)
 app.add_typer(head.app, name="head")
 app.add_typer(bundle.app, name="bundle")
@@ -66,6 +68,8 @@ def twogate(
     - `twogate embed photos/` writes those of a whole folder into a Parquet file
 
     - `twogate harden recipe.yaml --data images/ --store bundles/` makes a bundle of your own
+
+    - `twogate evaluate photos --task NAME=images/` measures a bundle under attack, and writes a report
 
     - `twogate head train photos --task NAME --data images/` gives a bundle a classifier of your own
 

@@ -1,0 +1,134 @@
+"""`twogate evaluate` and `twogate attack`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.extras import needs
+from cli.options import Store, store_folder
+from model_store.errors import TwogateError
+
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+_Size = Annotated[str, typer.Option(help="smoke (a minute), small (two cores), full (an accelerator).")]
+
+
+def evaluate(
+    bundles: Annotated[
+        list[str] | None, typer.Argument(help="NAME, NAME/VERSION or a bundle's folder; several for a spread over seeds.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=DIR with train/<class>/* and test/<class>/*; once for each task. The first is the attacker's data too."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of records and report.")] = Path("evaluation"),
+    size: _Size = "small",
+    attacks: Annotated[
+        str, typer.Option(help="Made on the public victim; comma-separated, `none` for none.", show_default="all of them")
+    ] = "all",
+    adaptive: Annotated[
+        str, typer.Option(help="Of the adaptive suite, by attackers who know the method; comma-separated, or `all`.")
+    ] = "none",
+    surrogate: Annotated[
+        str | None, typer.Option(help="A bundle made by the same recipe with another seed: the grey-box attacker's own.")
+    ] = None,
+    epsilons: Annotated[str, typer.Option(help="L-infinity budgets in 1/255, comma-separated.")] = "8,10",
+    seeds: Annotated[str, typer.Option(help="Of the attacks, comma-separated.")] = "0,1,2",
+    workers: Annotated[int, typer.Option(min=1, help="Tasks side by side, one core each.")] = 1,
+    store: Store = None,
+    device: _Device = "cpu",
+) -> None:
+    """Measure bundles under attack, and write a report (Markdown and HTML) from records that say how each number was made.
+
+    - `twogate evaluate photos --task imagenette=images/ --out evaluation/`
+
+    - `twogate evaluate mine/1 --task cifar10=cifar10/ --adaptive all --surrogate mine/2`
+
+    - `twogate evaluate --out evaluation/`: the report again, from the records that are there
+
+    Stop it when you like: the same command goes on where it stopped. The page's path is printed.
+    """
+    with needs("harden"):
+        from hardening.measure import knowing, oblivious
+        from hardening.measure.evaluate import evaluate as measure
+    try:
+        page = measure(
+            [_place(store, wanted) for wanted in bundles or []],
+            dict(_pair(text) for text in task or []),
+            out,
+            surrogate=_place(store, surrogate) if surrogate else None,
+            size=size,
+            attacks=_names(attacks, oblivious.ATTACKS),
+            adaptive=_names(adaptive, knowing.KNOWING),
+            epsilons=[_number(text) for text in epsilons.split(",")],
+            seeds=[int(_number(text)) for text in seeds.split(",")],
+            workers=workers,
+            device=device,
+            command=["twogate", *sys.argv[1:]],
+        )
+    except KeyboardInterrupt:
+        typer.echo("twogate: stopped; the same command goes on where it stopped", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(page)
+
+
+def attack(
+    bundle: Annotated[str, typer.Argument(help="NAME, NAME/VERSION or a bundle's folder: whose public victim is attacked.")],
+    data: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Images: train/<class>/*, test/<class>/*, or flat.")
+    ],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder that gets the pictures, as PNG files.")],
+    name: Annotated[
+        str, typer.Option("--attack", help="pgd, targeted, uap, per, pat, pap-base, pap-fuse, pap-ugs, ssp, noise.")
+    ] = "pgd",
+    epsilon: Annotated[float, typer.Option(min=0, max=64, help="L-infinity budget in 1/255; a patch has none.")] = 10.0,
+    images: Annotated[int, typer.Option(min=1, help="How many pictures, drawn with the seed.")] = 20,
+    size: _Size = "small",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    store: Store = None,
+    device: _Device = "cpu",
+) -> None:
+    """Attack pictures on a bundle's public victim, and write them as PNG files beside the clean ones, ready to be posted.
+
+    - `twogate attack photos --data images/ --out attacked/ --attack pgd --epsilon 10`
+
+    - `curl -F file=@attacked/0000-x-pgd.png http://127.0.0.1:8000/v1/scan`
+
+    For measuring a defence that is yours. The attacked files are listed.
+    """
+    with needs("harden"):
+        from hardening.measure.evaluate import attack as make
+    for file in make(
+        _place(store, bundle), data, out, name=name, epsilon=epsilon, images=images, size=size, seed=seed, device=device
+    ):
+        typer.echo(file)
+
+
+def _place(store: Path | None, wanted: str) -> Path:
+    from model_store.manifest import MANIFEST_FILE
+    from model_store.store import resolve
+
+    return Path(wanted) if (Path(wanted) / MANIFEST_FILE).is_file() else resolve(store_folder(store), wanted)
+
+
+def _pair(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals or not name or not Path(folder).is_dir():
+        raise TwogateError(f"--task {text}: write NAME=DIR, with a folder that exists")
+    return name, Path(folder)
+
+
+def _names(text: str, every: tuple[str, ...]) -> tuple[str, ...]:
+    return {"all": every, "none": ()}.get(text) if text in ("all", "none") else tuple(text.split(","))  # type: ignore[return-value]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise TwogateError(f"{text!r} is no number") from None

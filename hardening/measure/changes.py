@@ -1,0 +1,74 @@
+"""Honest changes: what happens to pictures without any attack, made on the decoded tensors at the input's size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+Change = Callable[[Image.Image], Image.Image]
+
+
+def honest_changes(images: NDArray[np.uint8], seed: int) -> dict[str, NDArray[np.uint8]]:
+    """Name -> changed images, uint8 [N, H, W, 3]; `images` of the same shape."""
+
+    def each(change: Change) -> NDArray[np.uint8]:
+        return np.stack([np.asarray(change(Image.fromarray(image)).convert("RGB"), dtype=np.uint8) for image in images])
+
+    noise = np.random.default_rng(seed).normal(0, 8, images.shape)
+    return {
+        **{f"JPEG quality {quality}": each(_jpeg(quality)) for quality in (95, 75, 50, 30)},
+        "half size and back": each(_rescaled(0.5)),
+        "double size and back": each(_rescaled(2.0)),
+        "noise, sigma 8": _to_uint8(images + noise),
+        "blur, sigma 1": each(lambda image: image.filter(ImageFilter.GaussianBlur(1))),
+        "brightness x 0.7": _to_uint8(images * 0.7),
+        "brightness x 1.3": _to_uint8(images * 1.3),
+        "screenshot": each(_screenshot),
+        "text overlay": each(_text),
+    }
+
+
+def _to_uint8(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    return np.asarray(np.clip(np.rint(values), 0, 255), dtype=np.uint8)
+
+
+def _jpeg(quality: int) -> Change:
+    def change(image: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer)
+
+    return change
+
+
+def _rescaled(factor: float) -> Change:
+    def change(image: Image.Image) -> Image.Image:
+        smaller = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        return image.resize(smaller, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BILINEAR)
+
+    return change
+
+
+def _screenshot(image: Image.Image) -> Image.Image:
+    """The picture in a viewer: a bar above, grey beside it, scaled to fit."""
+    width, height = image.size
+    page = Image.new("RGB", image.size, (246, 246, 246))
+    page.paste((52, 58, 64), (0, 0, width, max(1, height // 12)))
+    inside = (round(width * 0.84), round(height * 0.84))
+    page.paste(image.resize(inside, Image.Resampling.BICUBIC), ((width - inside[0]) // 2, height // 8))
+    return page
+
+
+def _text(image: Image.Image) -> Image.Image:
+    """A caption in white on a dark strip at the lower edge."""
+    copy = image.copy()
+    draw = ImageDraw.Draw(copy)
+    strip = max(9, copy.height // 7)
+    draw.rectangle((0, copy.height - strip, copy.width, copy.height), fill=(20, 20, 20))
+    draw.text((1, copy.height - strip), "SALE 20%", fill=(255, 255, 255), font_size=max(8, strip - 2))
+    return copy

@@ -1,0 +1,131 @@
+"""`twogate evaluate` and `twogate attack`: from bundles and folders of images to records, a report and attacked pictures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hardening import provenance
+from hardening.branches import TRIPWIRE
+from hardening.data import prepare
+from hardening.graph import Graph
+from hardening.measure import knowing, oblivious
+from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
+from hardening.measure.records import Origin, read
+from hardening.measure.render import write_report
+from hardening.measure.sizes import SIZES
+from hardening.measure.suite import Plan, craft_perturbations, measure_task
+from hardening.measure.tasks import read_images
+from hardening.memory import keep_freed_memory
+from hardening.progress import Bars
+from hardening.recipe import Splits
+from hardening.workers import Job, run_jobs
+from model_store.bundle import load_bundle
+from model_store.errors import TwogateError
+
+
+class EvaluationError(TwogateError):
+    """What was asked for cannot be measured."""
+
+
+def evaluate(
+    bundles: Sequence[Path],
+    tasks: Mapping[str, Path],
+    out: Path,
+    *,
+    surrogate: Path | None = None,
+    size: str = "small",
+    attacks: Sequence[str] = oblivious.ATTACKS,
+    adaptive: Sequence[str] = (),
+    epsilons: Sequence[float] = (8.0, 10.0),
+    seeds: Sequence[int] = (0, 1, 2),
+    workers: int = 1,
+    device: str = "cpu",
+    command: Sequence[str] = (),
+    bars: Bars | None = None,
+) -> Path:
+    """Measure bundles on labelled tasks (name -> folder) and write records and report to `out`; returns the report's page.
+
+    The first task's training images are the attacker's own too. Cells that are on disk are not measured again, so the same
+    call goes on where it stopped; other bundles or seeds into the same folder add up to one report.
+    """
+    if size not in SIZES:
+        raise EvaluationError(f"there is no size {size!r}; there are {', '.join(SIZES)}")
+    if not tasks and bundles:
+        raise EvaluationError("name at least one task: --task NAME=DIR")
+    oblivious.check_names(tuple(attacks))
+    knowing.check_names(tuple(adaptive))
+    keep_freed_memory()
+    with bars or Bars() as shown:
+        crafting, measuring = [], []
+        for place in bundles:
+            bundle = load_bundle(place)
+            if surrogate is not None and place.resolve() == surrogate.resolve():
+                raise EvaluationError("the surrogate of a grey-box attacker must be another bundle than the one attacked")
+            origin = Origin(bundle.label, bundle.manifest.digest, size, shlex.join(command), provenance.commit())
+            plan = Plan(
+                place, surrogate, size, tuple(attacks), tuple(adaptive), tuple(epsilons), tuple(seeds), out, origin, device
+            )
+            first, images = next(iter(tasks.items()))
+            # Decoded here, before two processes would do it at a time.
+            read_images(images, bundle.manifest, out / "data" / first, shown)
+            crafting += [
+                Job(f"{bundle.label} {name}", craft_perturbations, (plan, first, images, name))
+                for name in attacks
+                if name in UNIVERSAL
+            ]
+            measuring += [Job(f"{bundle.label} on {name}", measure_task, (plan, name, root)) for name, root in tasks.items()]
+        run_jobs(crafting, workers, shown)
+        run_jobs(measuring, workers, shown)
+        records = read(out / "records")
+        if not records:
+            raise EvaluationError(f"there are no records in {out}")
+        return write_report(records, out)
+
+
+def attack(
+    place: Path,
+    root: Path,
+    out: Path,
+    *,
+    name: str,
+    epsilon: float,
+    images: int,
+    size: str,
+    seed: int,
+    device: str = "cpu",
+    bars: Bars | None = None,
+) -> list[Path]:
+    """Attack images below `root` on a bundle's public victim; writes NAME-clean.png beside NAME-attack.png.
+
+    The pictures have the bundle's input size, so that the service sees every value as it was made. Returns the attacked
+    files. The attacker's own images, for a universal perturbation, are those of `train/`.
+    """
+    oblivious.check_names((name,))
+    if size not in SIZES:
+        raise EvaluationError(f"there is no size {size!r}; there are {', '.join(SIZES)}")
+    bundle = load_bundle(place)
+    victim = Graph(bundle.model).to(device).encoder(TRIPWIRE)
+    with bars or Bars() as shown:
+        splits = Splits(local=0.6, validation=0.1, fit=0.15, calibration=0.15)
+        dataset = prepare(root, bundle.manifest.pixels, splits, 0, out / ".data", shown)
+        test = np.sort(np.random.default_rng(seed).permutation(dataset.splits["test"])[:images])
+        clean = dataset.images[test]
+        if name in UNIVERSAL:
+            surrogate = dataset.images[dataset.splits["local"][: SIZES[size].surrogate]]
+            file = out / ".data" / f"{name}-{epsilon:g}-{seed}.npz"
+            craft_universal(name, victim, surrogate, epsilon, seed, SIZES[size], file, device, shown)
+            attacked = load_universal(file)(clean)
+        else:
+            attacked = craft(name, victim, clean, np.roll(clean, 1, axis=0), epsilon, seed, SIZES[size], device, shown)
+    written = []
+    for number, index in enumerate(test):
+        stem = f"{number:04d}-{Path(dataset.paths[index]).stem}"
+        Image.fromarray(clean[number]).save(out / f"{stem}-clean.png")
+        written.append(out / f"{stem}-{name}.png")
+        Image.fromarray(attacked[number]).save(written[-1])
+    return written

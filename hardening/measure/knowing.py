@@ -1,0 +1,92 @@
+"""Attacks by somebody who knows the method (T1-T11 of methods 7.3), aimed at a bundle's own graph, or at a surrogate's.
+
+White box: the bundle itself, heads included. Grey box: the attacker ran the same code on similar data and aims at what he
+got, heads of his own included (T8); what he finds is measured on the real bundle, whose weights he lacks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hardening.attacks.adaptive import ADAPTIVE
+from hardening.attacks.features import to_uint8
+from hardening.attacks.head_aware import pgd_head
+from hardening.attacks.target import Seen, Target
+from hardening.branches import BRANCHES
+from hardening.encoders import as_input
+from hardening.graph import Graph
+from hardening.measure.tasks import GUARDED, Task
+from hardening.progress import Bars
+from model_store.calibration import Calibration
+from model_store.errors import TwogateError
+from model_store.manifest import Manifest
+
+AIMED_AT_FPR = 0.05
+"""The attacker holds the score under the threshold of this budget; a smaller one is then evaded too."""
+HEAD_AWARE = "PGD-head"
+KNOWING = (HEAD_AWARE, *ADAPTIVE)
+_BATCH = 50
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """TwogateError where a name is not in the suite."""
+    unknown = [name for name in names if name not in KNOWING]
+    if unknown:
+        raise TwogateError(f"there is no adaptive attack {unknown[0]!r}; there are {', '.join(KNOWING)}")
+
+
+def threshold(calibration: Calibration, budget: float) -> float:
+    """The largest score that is not flagged at a budget."""
+    scores = np.asarray(calibration.scores)
+    flagged = int(np.floor(budget * (len(scores) + 1) + 1e-9)) - 1
+    return float(scores[len(scores) - 1 - flagged])
+
+
+def target_of(graph: Graph, task: Task, manifest: Manifest) -> Target:
+    """The whole defence, differentiable: the graph, and a task's heads with their guarded fusion."""
+    by_branch = graph.feature_names
+    wanted = (*by_branch.values(), "embedding", "confidence", "score")
+
+    def see(images: Tensor) -> Seen:
+        found = graph(images, wanted)
+        features = {branch: found[value] for branch, value in by_branch.items()}
+        values = {**features, "confidence": found["confidence"]}
+        return Seen(
+            embedding=found["embedding"],
+            confidence=found["confidence"],
+            score=found["score"],
+            features=features,
+            logits=torch.stack([task.heads[name](features[name]) for name in BRANCHES], dim=1),
+            fused=task.system_logits(values, manifest)[GUARDED],
+        )
+
+    return Target(see, threshold(manifest.calibration, AIMED_AT_FPR))
+
+
+def attack_knowing(
+    name: str,
+    target: Target,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    *,
+    epsilon: float,
+    steps: int,
+    seed: int,
+    device: str,
+    bars: Bars,
+) -> NDArray[np.uint8]:
+    """Attack images [N, H, W, 3] uint8 with labels [N]; `epsilon` in 1/255. Returns uint8, clipped and rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    run = pgd_head if name == HEAD_AWARE else ADAPTIVE[name]
+    parts = []
+    with bars.task(f"attack {name}", len(images)) as task:
+        for start in range(0, len(images), _BATCH):
+            x = as_input(images[start : start + _BATCH], device)
+            y = torch.as_tensor(labels[start : start + _BATCH], device=device)
+            found = run(target, x, y, epsilon=epsilon / 255, steps=steps, generator=generator)
+            parts.append(to_uint8(found.detach()))
+            task.advance(len(x))
+    return np.concatenate(parts)

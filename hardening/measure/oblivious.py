@@ -1,0 +1,127 @@
+"""Attacks made on the public victim alone, by name: T0 of methods 7.3, for attackers who know nothing of the defence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardening.attacks.advencoder import Patch, apply_patch, pat, per
+from hardening.attacks.features import apply_universal, pgd_features, uap_features
+from hardening.attacks.pap import pap
+from hardening.attacks.ssp import ssp
+from hardening.attacks.targeted import targeted_features
+from hardening.graph import GraphEncoder
+from hardening.measure.sizes import Size
+from hardening.progress import Bars
+from model_store.errors import TwogateError
+
+NOISE = "noise"
+UNIVERSAL = ("uap", "per", "pat", "pap-base", "pap-fuse", "pap-ugs", "ssp")
+PER_IMAGE = ("pgd", "targeted")
+OBLIVIOUS = (*PER_IMAGE, *UNIVERSAL)
+ATTACKS = (NOISE, *OBLIVIOUS)
+
+
+class AttackError(TwogateError):
+    """There is no such attack, or it lacks something."""
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """AttackError where a name is not an attack's."""
+    unknown = [name for name in names if name not in ATTACKS]
+    if unknown:
+        raise AttackError(f"there is no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
+
+
+def craft_universal(
+    name: str,
+    victim: GraphEncoder,
+    surrogate: NDArray[np.uint8],
+    epsilon: float,
+    seed: int,
+    size: Size,
+    file: Path,
+    device: str,
+    bars: Bars,
+) -> None:
+    """Make one perturbation for all images, from the attacker's own, and keep it in `file`, unless it is there.
+
+    `epsilon` in 1/255; a patch (`pat`) is bounded by its area instead.
+    """
+    if file.exists():
+        return
+    common: Any = {"seed": seed, "device": device, "bars": bars}
+    match name:
+        case "pat":
+            patch = pat(victim, surrogate, epochs=size.generator_epochs, **common)
+            _save(file, pixels=patch.pixels, mask=patch.mask)
+            return
+        case "uap":
+            delta = uap_features(victim, surrogate, epsilon=epsilon, epochs=size.uap_epochs, **common)
+        case "per":
+            delta = per(victim, surrogate, epsilon=epsilon, epochs=size.generator_epochs, **common)
+        case "pap-base" | "pap-fuse" | "pap-ugs":
+            variant: Any = name.removeprefix("pap-")
+            delta = pap(victim, surrogate, variant=variant, epsilon=epsilon, iterations=size.iterations, **common)
+        case _:
+            delta = ssp(victim, surrogate, epsilon=epsilon, iterations=size.iterations, **common)
+    _save(file, delta=delta)
+
+
+def load_universal(file: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+    """What applies the perturbation or patch in `file` to images [N, H, W, 3]."""
+    with np.load(file) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    if "mask" in arrays:
+        return lambda images: apply_patch(images, Patch(arrays["pixels"], arrays["mask"]))
+    return lambda images: apply_universal(images, arrays["delta"])
+
+
+def craft(
+    name: str,
+    victim: GraphEncoder,
+    images: NDArray[np.uint8],
+    targets: NDArray[np.uint8],
+    epsilon: float,
+    seed: int,
+    size: Size,
+    device: str,
+    bars: Bars,
+) -> NDArray[np.uint8]:
+    """Attack each image on its own: `noise`, `pgd` or `targeted`; uint8 [N, H, W, 3]."""
+    if name == NOISE:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=images.shape)
+        return np.asarray(np.clip(np.rint(images + epsilon * signs), 0, 255), dtype=np.uint8)
+    if name == "pgd":
+        return pgd_features(
+            victim,
+            images,
+            epsilon=epsilon,
+            steps=size.pgd_steps,
+            restarts=size.restarts,
+            seed=seed,
+            device=device,
+            bars=bars,
+        )
+    return targeted_features(
+        victim,
+        images,
+        targets,
+        epsilon=epsilon,
+        steps=size.pgd_steps,
+        restarts=size.restarts,
+        seed=seed,
+        device=device,
+        bars=bars,
+    )
+
+
+def _save(file: Path, **arrays: NDArray[np.generic]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.stem}.partial.npz")
+    np.savez(beside, **arrays)  # type: ignore[arg-type]
+    beside.replace(file)

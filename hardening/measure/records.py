@@ -1,0 +1,90 @@
+"""Records: one number each, with all that is needed to measure it again. JSON lines, one file per cell of the plan.
+
+A cell is what is computed in one go (one bundle, task, attack, budget and seed). Its file appears whole or not at all, so an
+evaluation that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hardening.files import write_atomically
+
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One number: what was measured (`metric`), of what (`subject`), on what, under which attack."""
+
+    metric: str
+    subject: str
+    task: str
+    attack: str
+    """`clean`, an attack's name, or `change: ...` for an honest change."""
+    epsilon: float
+    """L-infinity budget in 1/255; 0 where there is none."""
+    seed: int
+    value: float | list[float]
+    """A list only for `scores`, one per image."""
+    images: int
+    bundle: str = ""
+    digest: str = ""
+    """The manifest's digest: which bundle it really was."""
+    size: str = ""
+    command: str = ""
+    commit: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What all records of an evaluation share."""
+
+    bundle: str
+    digest: str
+    size: str
+    command: str
+    commit: str
+
+    def record(
+        self,
+        metric: str,
+        subject: str,
+        task: str,
+        attack: str,
+        value: float | list[float],
+        images: int,
+        epsilon: float = 0.0,
+        seed: int = 0,
+    ) -> Record:
+        """A record of this evaluation."""
+        return Record(metric, subject, task, attack, epsilon, seed, value, images, **asdict(self))
+
+
+def once(file: Path, measure: Callable[[], Iterable[Record]]) -> None:
+    """Measure a cell and write its file, unless it is there already."""
+    if not file.exists():
+        lines = [json.dumps(asdict(record)) for record in measure()]
+        write_atomically(file, ("\n".join(lines) + "\n").encode())
+
+
+def read(folder: Path) -> list[Record]:
+    """All records below a folder."""
+    return [
+        Record(**json.loads(line))
+        for file in sorted(folder.rglob("*.jsonl"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
+    """(mean, standard deviation over runs; 0 for a single run)."""
+    found = list(values)
+    mean = math.fsum(found) / len(found)
+    if len(found) < 2:
+        return mean, 0.0
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (len(found) - 1))

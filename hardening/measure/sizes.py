@@ -1,0 +1,41 @@
+"""How much of everything an evaluation does: `smoke` in a minute (tests), `small` on two cores, `full` on an accelerator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of images, steps and epochs."""
+
+    images: int
+    """Test images of each task."""
+    fit: int
+    """Clean training images of a task for its heads, and as many at most for its own calibration."""
+    surrogate: int
+    """The attacker's own images, for universal perturbations."""
+    pgd_steps: int
+    restarts: int
+    uap_epochs: int
+    generator_epochs: int
+    iterations: int
+    """Of PAP and SSP."""
+    adaptive_images: int
+    adaptive_steps: int
+
+
+SIZES = {
+    "smoke": Size(
+        images=40, fit=200, surrogate=64, pgd_steps=5, restarts=1, uap_epochs=1, generator_epochs=1, iterations=4,
+        adaptive_images=16, adaptive_steps=5,
+    ),
+    "small": Size(
+        images=300, fit=3000, surrogate=1000, pgd_steps=20, restarts=2, uap_epochs=5, generator_epochs=10, iterations=1000,
+        adaptive_images=100, adaptive_steps=40,
+    ),
+    "full": Size(
+        images=1000, fit=10000, surrogate=10000, pgd_steps=50, restarts=5, uap_epochs=10, generator_epochs=20,
+        iterations=2000, adaptive_images=1000, adaptive_steps=200,
+    ),
+}  # fmt: skip

@@ -1,0 +1,267 @@
+"""The evaluation of a bundle: which cells there are, and what each measures.
+
+Terms of methods 0.1: `clean_acc` top-1 on clean images (the papers' BA), `robust_acc` top-1 on attacked images against the
+true labels (RA), `fooling_rate` share of images whose prediction the attack changed (the papers' ASR; no complement of
+robust_acc). All are sums over images divided by their number. Attacked images are clipped and rounded to 8 bits, one by one.
+The detector's thresholds are those of the bundle, fixed on clean images before any attack was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from hardening.branches import TRIPWIRE
+from hardening.graph import Graph
+from hardening.knn import knn_predict
+from hardening.measure.changes import honest_changes
+from hardening.measure.knowing import attack_knowing, target_of
+from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
+from hardening.measure.records import CLEAN, Origin, Record, once
+from hardening.measure.sizes import SIZES, Size
+from hardening.measure.tasks import GUARDED, UNDEFENDED, Task, attackers_images, graph_values, load_task
+from hardening.progress import Bars
+from model_store.bundle import Bundle, load_bundle
+from model_store.calibration import Calibration
+from model_store.manifest import Manifest
+
+BUDGETS = (0.001, 0.01, 0.05)
+RETURNED = "returned embedding"
+_NEIGHBOURS, _RECALL_AT = 20, 10
+_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure; all of it can be pickled."""
+
+    bundle: Path
+    surrogate: Path | None
+    """Another run's bundle, as a grey-box attacker would train it; None leaves the grey box out."""
+    size: str
+    attacks: tuple[str, ...]
+    knowing: tuple[str, ...]
+    """Of the adaptive suite, by name."""
+    epsilons: tuple[float, ...]
+    seeds: tuple[int, ...]
+    out: Path
+    origin: Origin
+    device: str
+
+
+def craft_perturbations(plan: Plan, name: str, root: Path, attack: str, *, bars: Bars) -> None:
+    """Make a universal attack's perturbations, once for all tasks, from the attacker's images in `root`."""
+    bundle = load_bundle(plan.bundle)
+    size = SIZES[plan.size]
+    victim = Graph(bundle.model).to(plan.device).encoder(TRIPWIRE)
+    images = attackers_images(root, bundle.manifest, size.surrogate, plan.out / "data" / name, bars)
+    for epsilon in plan.epsilons:
+        for seed in plan.seeds:
+            file = perturbation_file(plan, attack, epsilon, seed)
+            craft_universal(attack, victim, images, epsilon, seed, size, file, plan.device, bars)
+
+
+def perturbation_file(plan: Plan, attack: str, epsilon: float, seed: int) -> Path:
+    """Where a universal perturbation is kept."""
+    label = plan.origin.bundle.replace("/", "-")
+    return plan.out / "perturbations" / f"{label}-{attack}-{epsilon:g}-{seed}.npz"
+
+
+def measure_task(plan: Plan, name: str, root: Path, *, bars: Bars) -> None:
+    """Measure every cell of one task that is not on disk yet."""
+    size = SIZES[plan.size]
+    bundle = load_bundle(plan.bundle)
+    graph = Graph(bundle.model).to(plan.device)
+    task = load_task(name, root, graph, bundle.manifest, size, plan.out / "data" / name, plan.device, bars)
+    room = _Room(plan, size, bundle, graph, task, bars)
+    once(room.file(CLEAN), room.clean)
+    cells = [(a, e, s) for a in plan.attacks for e in plan.epsilons for s in plan.seeds]
+    with bars.task(f"{name}: attacks on the public victim", len(cells)) as progress:
+        for attack, epsilon, seed in cells:
+            once(room.file(attack, epsilon, seed), partial(room.oblivious, attack, epsilon, seed))
+            progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
+    if not plan.knowing:
+        return
+    room.attack_knowing("white box", _Known(graph, bundle.manifest, task))
+    if plan.surrogate is not None:
+        other = load_bundle(plan.surrogate)
+        theirs = Graph(other.model).to(plan.device)
+        # The attacker's own heads, on his own branches.
+        folder = plan.out / "data" / name
+        room.attack_knowing(
+            "grey box",
+            _Known(theirs, other.manifest, load_task(name, root, theirs, other.manifest, size, folder, plan.device, bars)),
+        )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What an attacker aims at who knows the method: the bundle itself, or one that he made by it."""
+
+    graph: Graph
+    manifest: Manifest
+    task: Task
+
+
+class _Room:
+    """One task of one bundle, and everything that is computed once for it."""
+
+    def __init__(self, plan: Plan, size: Size, bundle: Bundle, graph: Graph, task: Task, bars: Bars) -> None:
+        self.plan, self.size, self.bundle, self.graph, self.task, self.bars = plan, size, bundle, graph, task, bars
+        self.manifest = bundle.manifest
+        self.label = bundle.label.replace("/", "-")
+        self.before = self.values(task.images, "clean test images")
+        self.predicted = task.predictions(self.before, self.manifest)
+        self.victim = graph.encoder(TRIPWIRE)
+
+    def file(self, attack: str, epsilon: float = 0, seed: int = 0) -> Path:
+        """The cell's file."""
+        folder = self.plan.out / "records" / self.label / self.task.name
+        return folder / f"{attack.replace(' ', '-')}-{epsilon:g}-{seed}.jsonl"
+
+    def values(self, images: NDArray[np.uint8], what: str) -> dict[str, Tensor]:
+        return graph_values(self.graph, images, self.plan.device, self.bars, f"{self.task.name}: {what}")
+
+    def clean(self) -> list[Record]:
+        """Accuracy without an attack, false alarms as it is calibrated and on its own domain, honest changes."""
+        task, records = self.task, []
+
+        def add(metric: str, subject: str, value: Any, attack: str = CLEAN, n: int = len(task.images)) -> None:
+            records.append(self.plan.origin.record(metric, subject, task.name, attack, value, n))
+
+        for system, predicted in self.predicted.items():
+            add("clean_acc", system, float((predicted == task.labels).mean()))
+        for subject, quality in self.neighbours(self.before).items():
+            for metric, value in quality.items():
+                add(metric, subject, value)
+        add("scores", "detector", [round(float(score), 4) for score in self.before["score"]])
+        tables = {"bundle's calibration": self.manifest.calibration, "recalibrated": task.own_calibration}
+        for name, table in tables.items():
+            for budget, value in false_positives(table, self.before["score"].numpy()).items():
+                add(f"fpr@{budget:g}", name, value)
+        for change, images in honest_changes(task.images, 0).items():
+            score = self.values(images, change)["score"].numpy()
+            for name, table in tables.items():
+                for budget, value in false_positives(table, score).items():
+                    add(f"fpr@{budget:g}", name, value, f"change: {change}")
+        return records
+
+    def oblivious(self, attack: str, epsilon: float, seed: int) -> list[Record]:
+        """An attack that knows the public victim only."""
+        plan, task = self.plan, self.task
+        if attack in UNIVERSAL:
+            attacked = load_universal(perturbation_file(plan, attack, epsilon, seed))(task.images)
+        else:
+            attacked = craft(attack, self.victim, task.images, task.targets, epsilon, seed, self.size, plan.device, self.bars)
+        _save_examples(plan.out / "examples" / task.name / f"{attack}-{epsilon:g}.png", task.images, attacked)
+        return self.judged(attack, epsilon, seed, attacked, slice(None))
+
+    def attack_knowing(self, box: str, known: _Known) -> None:
+        """The adaptive suite, aimed at `known`; measured on the bundle itself."""
+        plan = self.plan
+        cells = [(a, e, s) for a in plan.knowing for e in plan.epsilons for s in plan.seeds]
+        with self.bars.task(f"{self.task.name}: {box}", len(cells)) as progress:
+            for attack, epsilon, seed in cells:
+                file = self.file(f"{box} {attack}", epsilon, seed)
+                once(file, partial(self.knowing, box, known, attack, epsilon, seed))
+                progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
+
+    def knowing(self, box: str, known: _Known, attack: str, epsilon: float, seed: int) -> list[Record]:
+        """One attack of the adaptive suite, on the first images of the task."""
+        few = slice(0, self.size.adaptive_images)
+        attacked = attack_knowing(
+            attack,
+            target_of(known.graph, known.task, known.manifest),
+            self.task.images[few],
+            self.task.labels[few],
+            epsilon=epsilon,
+            steps=self.size.adaptive_steps,
+            seed=seed,
+            device=self.plan.device,
+            bars=self.bars,
+        )
+        return self.judged(f"{box} {attack}", epsilon, seed, attacked, few)
+
+    def judged(self, attack: str, epsilon: float, seed: int, attacked: NDArray[np.uint8], chosen: slice) -> list[Record]:
+        """All numbers of one attack on (some of) the test images."""
+        task, records = self.task, []
+        labels = task.labels[chosen]
+        values = self.values(attacked, f"{attack}, eps {epsilon:g}")
+        predicted = task.predictions(values, self.manifest)
+        before = {system: found[chosen] for system, found in self.predicted.items()}
+
+        def add(metric: str, subject: str, value: Any, n: int = len(labels)) -> None:
+            records.append(self.plan.origin.record(metric, subject, task.name, attack, value, n, epsilon, seed))
+
+        for system, found in predicted.items():
+            add("robust_acc", system, float((found == labels).mean()))
+            add("fooling_rate", system, float((found != before[system]).mean()))
+            clean_acc = float((before[system] == labels).mean())
+            if clean_acc:
+                add("robust/clean", system, float((found == labels).mean()) / clean_acc)
+        for subject, quality in self.neighbours(values, chosen).items():
+            for metric, value in quality.items():
+                add(metric, subject, value)
+        clean_score, score = self.before["score"][chosen].numpy(), values["score"].numpy()
+        truth = np.repeat([0, 1], [len(clean_score), len(score)])
+        add("auroc", "detector", float(roc_auc_score(truth, np.concatenate([clean_score, score]))), len(truth))
+        add("scores", "detector", [round(float(s), 4) for s in score])
+        fooled = predicted[UNDEFENDED] != before[UNDEFENDED] if UNDEFENDED in predicted else np.zeros(len(labels), bool)
+        broken = (before[GUARDED] == labels) & (predicted[GUARDED] != labels)
+        for name, table in {"bundle's calibration": self.manifest.calibration, "recalibrated": task.own_calibration}.items():
+            p = table.p_value(score)
+            for budget in BUDGETS:
+                if budget < table.smallest_budget:
+                    continue
+                add(f"tpr@{budget:g}", name, float((p <= budget).mean()))
+                if fooled.any():
+                    add(f"tpr_fooled@{budget:g}", name, float((p[fooled] <= budget).mean()), int(fooled.sum()))
+                # SR@N of Bryniarski et al. 2021: of the images that were right, those now wrong and not flagged.
+                right = int((before[GUARDED] == labels).sum())
+                if right:
+                    add(f"success@{budget:g}", name, float((broken & (p > budget)).sum() / right), right)
+        return records
+
+    def neighbours(self, values: Mapping[str, Tensor], chosen: slice = slice(None)) -> dict[str, dict[str, float]]:
+        """kNN accuracy and recall@10 against the clean gallery; the victim's features are centred there too."""
+        task, labels = self.task, self.task.labels[chosen]
+        centre = task.gallery[TRIPWIRE].mean(dim=0)
+        pairs = {
+            RETURNED: (task.gallery["embedding"], values["embedding"]),
+            UNDEFENDED: (task.gallery[TRIPWIRE] - centre, values[TRIPWIRE] - centre),
+        }
+        found = {}
+        for subject, (gallery, queries) in pairs.items():
+            right = knn_predict(gallery, task.gallery_labels, queries, _NEIGHBOURS) == labels
+            similar = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(gallery, dim=1).T
+            nearest = task.gallery_labels[similar.topk(min(_RECALL_AT, len(gallery)), dim=1).indices.numpy()]
+            recalled = (nearest == labels[:, None]).any(axis=1)
+            found[subject] = {"knn_acc": float(right.mean()), f"recall@{_RECALL_AT}": float(recalled.mean())}
+        return found
+
+
+def false_positives(table: Calibration, score: NDArray[np.float32]) -> dict[float, float]:
+    """Share of clean images flagged, by budget that the table supports."""
+    p = table.p_value(score)
+    return {budget: float((p <= budget).mean()) for budget in BUDGETS if budget >= table.smallest_budget}
+
+
+def _save_examples(file: Path, clean: NDArray[np.uint8], attacked: NDArray[np.uint8]) -> None:
+    """Rows of clean, attacked and difference (x 10, around grey), four images wide."""
+    if file.exists():
+        return
+    picked = np.linspace(0, len(clean) - 1, _EXAMPLES).astype(int)
+    difference = np.clip(128 + 10 * (attacked[picked].astype(int) - clean[picked]), 0, 255).astype(np.uint8)
+    rows = [np.concatenate(list(images), axis=1) for images in (clean[picked], attacked[picked], difference)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows, axis=0)).save(file)

@@ -1,0 +1,145 @@
+"""A downstream task: labelled images through the bundle's pixel rule, and heads on the frozen branches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hardening import data
+from hardening.branches import BRANCHES, MPAE, TRIPWIRE, Head, fuse, guard, rfdm_weights, train_head
+from hardening.graph import Graph, run_uint8
+from hardening.measure.sizes import Size
+from hardening.progress import Bars
+from hardening.recipe import RecipeError, Splits
+from model_store.calibration import Calibration
+from model_store.manifest import Manifest
+
+UNDEFENDED = "undefended victim"
+GUARDED = "three branches, guarded RFDM"
+SYSTEMS = (
+    UNDEFENDED,
+    "hardened victim alone",
+    "hardened auxiliary alone",
+    "BMP alone",
+    "three branches, plain average",
+    "three branches, RFDM",
+    GUARDED,
+)
+_UNSEEN = Splits(local=0.15, validation=0.08, fit=0.47, calibration=0.3)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images of one task, and what was fitted on its clean training images."""
+
+    name: str
+    images: NDArray[np.uint8]
+    """[N, H, W, 3], of `test/`."""
+    labels: NDArray[np.int64]
+    targets: NDArray[np.uint8]
+    """[N, H, W, 3]: for each test image another class's test image, which a targeted attack imitates."""
+    heads: dict[str, Head]
+    gallery: dict[str, Tensor]
+    """Values of the graph on the images that the heads were fitted on."""
+    gallery_labels: NDArray[np.int64]
+    own_calibration: Calibration
+    """The score's table on this task's clean images: what `twogate recalibrate` would write."""
+
+    def predictions(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, NDArray[np.int64]]:
+        """Predicted classes [N] by system."""
+        return {name: logits.argmax(dim=1).numpy() for name, logits in self.system_logits(values, manifest).items()}
+
+    def system_logits(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
+        """Logits [N, C] by system, differentiable. `values` are features by branch, and `confidence`."""
+        logits = torch.stack([self.heads[name](values[name]) for name in BRANCHES], dim=1)
+        weights = rfdm_weights(logits)
+        names = [branch.name for branch in manifest.branches]
+        confidence = values["confidence"][:, [names.index(name) for name in BRANCHES]]
+        found = {
+            "hardened victim alone": logits[:, BRANCHES.index(MPAE[0])],
+            "hardened auxiliary alone": logits[:, BRANCHES.index(MPAE[1])],
+            "BMP alone": logits[:, BRANCHES.index("bmp")],
+            "three branches, plain average": logits.mean(dim=1),
+            "three branches, RFDM": fuse(logits, weights),
+            GUARDED: fuse(logits, guard(weights, confidence)),
+        }
+        if TRIPWIRE in values:
+            found[UNDEFENDED] = self.heads[TRIPWIRE](values[TRIPWIRE])
+        return found
+
+
+def graph_values(graph: Graph, images: NDArray[np.uint8], device: str, bars: Bars, what: str) -> dict[str, Tensor]:
+    """Everything that is measured of a bundle on images: features by branch, `embedding`, `confidence`, `score`."""
+    by_branch = graph.feature_names
+    wanted = (*by_branch.values(), "embedding", "confidence", "score")
+    parts: list[dict[str, Tensor]] = []
+    with bars.task(what, len(images)) as task:
+        for start in range(0, len(images), 256):
+            parts.append(run_uint8(graph, images[start : start + 256], wanted, device))
+            task.advance(len(images[start : start + 256]))
+    found = {name: torch.cat([part[name] for part in parts]) for name in wanted}
+    return {**{branch: found[value] for branch, value in by_branch.items()}, **{n: found[n] for n in wanted[-3:]}}
+
+
+def read_images(root: Path, manifest: Manifest, into: Path, bars: Bars) -> data.Dataset:
+    """A task's folder, decoded by the bundle's pixel rule, in splits whose `fit` and `calibration` no encoder was tuned on.
+
+    Where it is the very data that the bundle was made from, those are the recipe's own splits.
+    """
+    dataset = data.prepare(root, manifest.pixels, _UNSEEN, _UNSEEN.seed, into / "unseen", bars)
+    if dataset.digest != manifest.provenance.get("data", {}).get("sha256"):
+        return dataset
+    splits = Splits.model_validate(manifest.provenance["recipe"]["splits"])
+    return data.prepare(root, manifest.pixels, splits, splits.seed, into / "tuned", bars)
+
+
+def attackers_images(root: Path, manifest: Manifest, most: int, into: Path, bars: Bars) -> NDArray[np.uint8]:
+    """Images [M, H, W, 3] for universal perturbations: of `train/`, and none that is tested on."""
+    dataset = read_images(root, manifest, into, bars)
+    pool = np.concatenate([dataset.splits["local"], dataset.splits["validation"]])
+    return np.asarray(dataset.images[np.sort(np.random.default_rng(0).permutation(pool)[:most])])
+
+
+def load_task(
+    name: str, root: Path, graph: Graph, manifest: Manifest, size: Size, into: Path, device: str, bars: Bars
+) -> Task:
+    """Read a task's folder (train/<class>/*, test/<class>/*) and fit its heads on clean images that no encoder was tuned on.
+
+    RecipeError where the images have no classes.
+    """
+    dataset = read_images(root, manifest, into, bars)
+    if not dataset.labelled:
+        raise RecipeError(f"{root}: heads need labelled images, train/<class>/*")
+    rng = np.random.default_rng(0)
+
+    def some(split: str, most: int) -> NDArray[np.int64]:
+        indices = dataset.splits[split]
+        return np.sort(rng.permutation(indices)[:most])
+
+    test, fit, own = some("test", size.images), some("fit", size.fit), some("calibration", size.fit)
+    gallery = graph_values(graph, dataset.images[fit], device, bars, f"{name}: clean features")
+    fit_labels, labels = dataset.labels[fit], dataset.labels[test]
+    present = np.unique(fit_labels)
+    if len(present) < len(dataset.classes):
+        raise RecipeError(
+            f"{name}: {size.fit} images hold not all of its {len(dataset.classes)} classes; use a larger --size"
+        )
+    heads = {branch: train_head(gallery[branch], fit_labels) for branch in graph.feature_names}
+    scores = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")["score"].numpy()
+    other = np.array([rng.choice(np.flatnonzero(labels != label)) for label in labels])
+    return Task(
+        name=name,
+        images=dataset.images[test],
+        labels=labels,
+        targets=dataset.images[test][other],
+        heads=heads,
+        gallery=gallery,
+        gallery_labels=fit_labels,
+        own_calibration=Calibration(source=name, scores=tuple(np.sort(scores.astype(float)))),
+    )

@@ -1,0 +1,182 @@
+"""A whole evaluation at toy size: records, report, what is found again, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hardening.graph import Graph
+from hardening.measure.evaluate import EvaluationError, attack, evaluate
+from hardening.measure.knowing import AIMED_AT_FPR, HEAD_AWARE, threshold
+from hardening.measure.oblivious import AttackError
+from hardening.measure.records import Record, read
+from hardening.measure.tasks import GUARDED, UNDEFENDED
+from hardening.recipe import RecipeError
+from model_store.bundle import load_bundle
+from model_store.calibration import Calibration
+from tests.hardening.conftest import QuietBars
+
+
+@pytest.fixture(scope="module")
+def out(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out")
+    evaluate(
+        [toy_bundles[0]],
+        {"patterns": task_folder},
+        folder,
+        surrogate=toy_bundles[1],
+        size="smoke",
+        attacks=("noise", "pgd", "uap"),
+        adaptive=(HEAD_AWARE, "T5-selective"),
+        epsilons=(10.0, 40.0),
+        seeds=(0,),
+        command=["twogate", "evaluate"],
+        bars=QuietBars(),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(out: Path) -> list[Record]:
+    return read(out / "records")
+
+
+def value(records: list[Record], metric: str, subject: str, attack: str, epsilon: float = 0.0) -> float:
+    (found,) = [r for r in records if (r.metric, r.subject, r.attack, r.epsilon) == (metric, subject, attack, epsilon)]
+    assert isinstance(found.value, float)
+    return found.value
+
+
+def test_directions(records: list[Record]) -> None:
+    clean = value(records, "clean_acc", UNDEFENDED, "clean")
+    assert clean > 0.8
+    attacked = value(records, "robust_acc", UNDEFENDED, "pgd", 40.0)
+    assert attacked < clean
+    assert attacked <= value(records, "robust_acc", UNDEFENDED, "noise", 40.0)
+    assert attacked <= value(records, "robust_acc", UNDEFENDED, "pgd", 10.0)
+
+
+def test_white_box_is_at_least_as_strong_as_grey(records: list[Record]) -> None:
+    white = value(records, "robust_acc", GUARDED, f"white box {HEAD_AWARE}", 40.0)
+    assert white <= value(records, "robust_acc", GUARDED, f"grey box {HEAD_AWARE}", 40.0)
+    assert white < value(records, "clean_acc", GUARDED, "clean")
+
+
+def test_numbers_hang_together(records: list[Record]) -> None:
+    robust, clean = value(records, "robust_acc", GUARDED, "pgd", 10.0), value(records, "clean_acc", GUARDED, "clean")
+    assert value(records, "robust/clean", GUARDED, "pgd", 10.0) == pytest.approx(robust / clean)
+    # The toy's few clean images support no stricter budget, and none is claimed.
+    budgets = {r.metric for r in records if r.metric.startswith("tpr@")}
+    assert budgets == {"tpr@0.05"}
+    # An attack counts as a success only where the picture is wrong and passes.
+    wrong = 1 - value(records, "robust_acc", GUARDED, f"white box {HEAD_AWARE}", 40.0)
+    assert value(records, "success@0.05", "bundle's calibration", f"white box {HEAD_AWARE}", 40.0) <= wrong / clean + 1e-9
+    (scores,) = [r for r in records if (r.metric, r.attack) == ("scores", "clean")]
+    assert isinstance(scores.value, list)
+    assert len(scores.value) == scores.images
+
+
+def test_heads_never_see_the_images_that_the_encoders_were_tuned_on(out: Path) -> None:
+    # The bundle's own data: the recipe's splits, not those of an unseen task.
+    assert (out / "data" / "patterns" / "tuned" / "index.json").is_file()
+
+
+def test_the_report_is_rendered_from_records_alone(out: Path, records: list[Record], tmp_path: Path) -> None:
+    shutil.copytree(out / "records", tmp_path / "records")
+    page = evaluate([], {}, tmp_path, bars=QuietBars())
+    text = page.read_text()
+    assert page.with_name("report.md").read_text() == (out / "report.md").read_text().split("\n\n![patterns, ")[0] + "\n"
+    shown = f"{100 * value(records, 'clean_acc', GUARDED, 'clean'):.1f}"
+    assert shown in text
+    assert "http://" not in text  # self-contained
+    assert text.count("data:image/png;base64,") >= 3
+
+
+def test_what_is_there_is_not_measured_again(
+    out: Path, toy_bundles: tuple[Path, Path], task_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr("hardening.measure.suite.craft", never)
+    monkeypatch.setattr("hardening.measure.suite.attack_knowing", never)
+    before = {file: file.stat().st_mtime_ns for file in (out / "records").rglob("*.jsonl")}
+    evaluate(
+        [toy_bundles[0]],
+        {"patterns": task_folder},
+        out,
+        surrogate=toy_bundles[1],
+        size="smoke",
+        attacks=("noise", "pgd", "uap"),
+        adaptive=(HEAD_AWARE, "T5-selective"),
+        epsilons=(10.0, 40.0),
+        seeds=(0,),
+        bars=QuietBars(),
+    )
+    assert before == {file: file.stat().st_mtime_ns for file in (out / "records").rglob("*.jsonl")}
+
+
+def test_the_same_numbers_again(
+    records: list[Record], toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
+) -> None:
+    evaluate(
+        [toy_bundles[0]],
+        {"patterns": task_folder},
+        tmp_path,
+        size="smoke",
+        attacks=("pgd", "uap"),
+        epsilons=(10.0,),
+        seeds=(0,),
+        bars=QuietBars(),
+    )
+    again = {(r.metric, r.subject, r.attack): r.value for r in read(tmp_path / "records") if r.attack in ("pgd", "uap")}
+    first = {(r.metric, r.subject, r.attack): r.value for r in records if r.attack in ("pgd", "uap") and r.epsilon == 10}
+    assert again == first
+
+
+def test_threshold_is_the_largest_score_that_passes() -> None:
+    table = Calibration(source="x", scores=tuple(float(i) for i in range(1, 100)))
+    limit = threshold(table, AIMED_AT_FPR)
+    assert table.p_value(limit) > AIMED_AT_FPR
+    assert table.p_value(limit + 1e-6) <= AIMED_AT_FPR
+
+
+def test_attacked_pictures_are_files_within_the_budget(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
+) -> None:
+    written = attack(
+        toy_bundles[0], task_folder, tmp_path, name="pgd", epsilon=12, images=3, size="smoke", seed=0, bars=QuietBars()
+    )
+    assert len(written) == 3
+    for file in written:
+        clean = np.asarray(Image.open(file.with_name(file.name.replace("-pgd", "-clean")))).astype(int)
+        difference = np.abs(np.asarray(Image.open(file)).astype(int) - clean)
+        assert 0 < difference.max() <= 12
+    victim = Graph(load_bundle(toy_bundles[0]).model).encoder("tripwire")
+    assert victim is not None
+
+
+def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:
+    def run(**changed: object) -> None:
+        evaluate([toy_bundles[0]], {"patterns": task_folder}, tmp_path, bars=QuietBars(), **changed)  # type: ignore[arg-type]
+
+    with pytest.raises(EvaluationError, match="smoke, small, full"):
+        run(size="huge")
+    with pytest.raises(AttackError, match="pgd"):
+        run(attacks=("pdg",))
+    with pytest.raises(EvaluationError, match="another bundle"):
+        run(surrogate=toy_bundles[0], size="smoke")
+    with pytest.raises(EvaluationError, match="--task"):
+        evaluate([toy_bundles[0]], {}, tmp_path, bars=QuietBars())
+    with pytest.raises(EvaluationError, match="no records"):
+        evaluate([], {}, tmp_path / "empty", bars=QuietBars())
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for index, file in enumerate(sorted(task_folder.rglob("*.png"))[:240]):
+        shutil.copy(file, flat / f"{index}.png")
+    with pytest.raises(RecipeError, match="labelled"):
+        evaluate([toy_bundles[0]], {"flat": flat}, tmp_path / "o", size="smoke", attacks=(), bars=QuietBars())
