@@ -34,6 +34,9 @@ def evaluate(
     adaptive: Annotated[
         str, typer.Option(help="Of the adaptive suite, by attackers who know the method; comma-separated, or `all`.")
     ] = "none",
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Other detectors on the same attacked images, BEYOND among them.")
+    ] = False,
     surrogate: Annotated[
         str | None, typer.Option(help="A bundle made by the same recipe with another seed: the grey-box attacker's own.")
     ] = None,
@@ -65,6 +68,7 @@ def evaluate(
             size=size,
             attacks=_names(attacks, oblivious.ATTACKS),
             adaptive=_names(adaptive, knowing.KNOWING),
+            rivals=rivals,
             epsilons=[_number(text) for text in epsilons.split(",")],
             seeds=[int(_number(text)) for text in seeds.split(",")],
             workers=workers,

@@ -41,6 +41,7 @@ def evaluate(
     size: str = "small",
     attacks: Sequence[str] = oblivious.ATTACKS,
     adaptive: Sequence[str] = (),
+    rivals: bool = False,
     epsilons: Sequence[float] = (8.0, 10.0),
     seeds: Sequence[int] = (0, 1, 2),
     workers: int = 1,
@@ -68,7 +69,17 @@ def evaluate(
                 raise EvaluationError("the surrogate of a grey-box attacker must be another bundle than the one attacked")
             origin = Origin(bundle.label, bundle.manifest.digest, size, shlex.join(command), provenance.commit())
             plan = Plan(
-                place, surrogate, size, tuple(attacks), tuple(adaptive), tuple(epsilons), tuple(seeds), out, origin, device
+                place,
+                surrogate,
+                size,
+                tuple(attacks),
+                tuple(adaptive),
+                rivals,
+                tuple(epsilons),
+                tuple(seeds),
+                out,
+                origin,
+                device,
             )
             first, images = next(iter(tasks.items()))
             # Decoded here, before two processes would do it at a time.

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_curve
 from hardening.files import write_atomically
 from hardening.measure.oblivious import ATTACKS, NOISE, OBLIVIOUS
 from hardening.measure.records import CLEAN, Record, mean_and_spread
+from hardening.measure.rivals import FORWARDS
 from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED
 
 mpl.use("Agg")
@@ -104,6 +105,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     _accuracy(numbers, page)
     _persistence(numbers, page)
     _detection(numbers, page)
+    _rivals(numbers, page)
     _quiet(numbers, page)
     _knowing(numbers, page)
     _embedding(numbers, page)
@@ -192,6 +194,26 @@ def _detection(numbers: _Numbers, page: _Page) -> None:
                     ]
                 )
     page.table(header, rows)
+
+
+def _rivals(numbers: _Numbers, page: _Page) -> None:
+    found = [r for r in numbers.records if r.metric == "auroc" and r.subject != "detector"]
+    if not found:
+        return
+    page.heading(2, "Other detectors on the same images: AUROC, and flagged at 0.05, %")
+    page.text(
+        "Each calibrated on clean images of the task. Encoder passes on top of an embedding: "
+        + ", ".join(f"{name} {passes}" for name, passes in FORWARDS.items())
+        + "; the others read features that are there. This detector: 2."
+    )
+    names = list(dict.fromkeys(r.subject for r in found))
+    rows = []
+    for task, attack, epsilon in dict.fromkeys((r.task, r.attack, r.epsilon) for r in found):
+        key = (task, attack, epsilon)
+        cells = [(numbers.cell("auroc", n, *key, scale=1), numbers.cell("tpr@0.05", n, *key)) for n in names]
+        ours = (numbers.cell("auroc", "detector", *key, scale=1), numbers.cell("tpr@0.05", "recalibrated", *key))
+        rows.append([task, attack, f"{epsilon:g}", *(f"{auroc}, {tpr}" for auroc, tpr in [ours, *cells])])
+    page.table(["task", "attack", "eps", "this detector", *names], rows)
 
 
 def _quiet(numbers: _Numbers, page: _Page) -> None:

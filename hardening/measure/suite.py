@@ -28,6 +28,7 @@ from hardening.measure.changes import honest_changes
 from hardening.measure.knowing import attack_knowing, target_of
 from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
 from hardening.measure.records import CLEAN, Origin, Record, once
+from hardening.measure.rivals import Rival, fit_rivals
 from hardening.measure.sizes import SIZES, Size
 from hardening.measure.tasks import GUARDED, UNDEFENDED, Task, attackers_images, graph_values, load_task
 from hardening.progress import Bars
@@ -52,6 +53,8 @@ class Plan:
     attacks: tuple[str, ...]
     knowing: tuple[str, ...]
     """Of the adaptive suite, by name."""
+    rivals: bool
+    """Whether other detectors judge the same attacked images."""
     epsilons: tuple[float, ...]
     seeds: tuple[int, ...]
     out: Path
@@ -90,6 +93,12 @@ def measure_task(plan: Plan, name: str, root: Path, *, bars: Bars) -> None:
         for attack, epsilon, seed in cells:
             once(room.file(attack, epsilon, seed), partial(room.oblivious, attack, epsilon, seed))
             progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
+    if plan.rivals:
+        rivals = fit_rivals(task, room.victim, plan.device)
+        with bars.task(f"{name}: other detectors", len(cells)) as progress:
+            for attack, epsilon, seed in cells:
+                once(room.file(f"rivals {attack}", epsilon, seed), partial(room.rivals, rivals, attack, epsilon, seed))
+                progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
     if not plan.knowing:
         return
     room.attack_knowing("white box", _Known(graph, bundle.manifest, task))
@@ -147,24 +156,44 @@ class _Room:
         add("scores", "detector", [round(float(score), 4) for score in self.before["score"]])
         tables = {"bundle's calibration": self.manifest.calibration, "recalibrated": task.own_calibration}
         for name, table in tables.items():
-            for budget, value in false_positives(table, self.before["score"].numpy()).items():
+            for budget, value in flagged(table, self.before["score"].numpy()).items():
                 add(f"fpr@{budget:g}", name, value)
         for change, images in honest_changes(task.images, 0).items():
             score = self.values(images, change)["score"].numpy()
             for name, table in tables.items():
-                for budget, value in false_positives(table, score).items():
+                for budget, value in flagged(table, score).items():
                     add(f"fpr@{budget:g}", name, value, f"change: {change}")
         return records
 
     def oblivious(self, attack: str, epsilon: float, seed: int) -> list[Record]:
         """An attack that knows the public victim only."""
+        attacked = self.attacked(attack, epsilon, seed)
+        _save_examples(self.plan.out / "examples" / self.task.name / f"{attack}-{epsilon:g}.png", self.task.images, attacked)
+        return self.judged(attack, epsilon, seed, attacked, slice(None))
+
+    def attacked(self, attack: str, epsilon: float, seed: int) -> NDArray[np.uint8]:
+        """The test images [N, H, W, 3] under an attack on the public victim."""
         plan, task = self.plan, self.task
         if attack in UNIVERSAL:
-            attacked = load_universal(perturbation_file(plan, attack, epsilon, seed))(task.images)
-        else:
-            attacked = craft(attack, self.victim, task.images, task.targets, epsilon, seed, self.size, plan.device, self.bars)
-        _save_examples(plan.out / "examples" / task.name / f"{attack}-{epsilon:g}.png", task.images, attacked)
-        return self.judged(attack, epsilon, seed, attacked, slice(None))
+            return load_universal(perturbation_file(plan, attack, epsilon, seed))(task.images)
+        return craft(attack, self.victim, task.images, task.targets, epsilon, seed, self.size, plan.device, self.bars)
+
+    def rivals(self, rivals: list[Rival], attack: str, epsilon: float, seed: int) -> list[Record]:
+        """What other detectors make of the same attacked images."""
+        attacked = self.attacked(attack, epsilon, seed)
+        values = self.values(attacked, f"{attack}, eps {epsilon:g}")
+        records = []
+        for rival in rivals:
+            clean, score = rival.score(self.task.images, self.before), rival.score(attacked, values)
+
+            def add(metric: str, value: float, n: int, name: str = rival.name) -> None:
+                records.append(self.plan.origin.record(metric, name, self.task.name, attack, value, n, epsilon, seed))
+
+            truth = np.repeat([0, 1], [len(clean), len(score)])
+            add("auroc", float(roc_auc_score(truth, np.concatenate([clean, score]))), len(truth))
+            for budget, value in flagged(rival.table, score).items():
+                add(f"tpr@{budget:g}", value, len(score))
+        return records
 
     def attack_knowing(self, box: str, known: _Known) -> None:
         """The adaptive suite, aimed at `known`; measured on the bundle itself."""
@@ -250,8 +279,8 @@ class _Room:
         return found
 
 
-def false_positives(table: Calibration, score: NDArray[np.float32]) -> dict[float, float]:
-    """Share of clean images flagged, by budget that the table supports."""
+def flagged(table: Calibration, score: NDArray[Any]) -> dict[float, float]:
+    """Share of images flagged, by budget that the table supports."""
     p = table.p_value(score)
     return {budget: float((p <= budget).mean()) for budget in BUDGETS if budget >= table.smallest_budget}
 

@@ -48,6 +48,9 @@ class Task:
     gallery: dict[str, Tensor]
     """Values of the graph on the images that the heads were fitted on."""
     gallery_labels: NDArray[np.int64]
+    own_images: NDArray[np.uint8]
+    """Clean training images that nothing was fitted on."""
+    own_values: dict[str, Tensor]
     own_calibration: Calibration
     """The score's table on this task's clean images: what `twogate recalibrate` would write."""
 
@@ -131,7 +134,7 @@ def load_task(
             f"{name}: {size.fit} images hold not all of its {len(dataset.classes)} classes; use a larger --size"
         )
     heads = {branch: train_head(gallery[branch], fit_labels) for branch in graph.feature_names}
-    scores = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")["score"].numpy()
+    own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
     other = np.array([rng.choice(np.flatnonzero(labels != label)) for label in labels])
     return Task(
         name=name,
@@ -141,5 +144,7 @@ def load_task(
         heads=heads,
         gallery=gallery,
         gallery_labels=fit_labels,
-        own_calibration=Calibration(source=name, scores=tuple(np.sort(scores.astype(float)))),
+        own_images=dataset.images[own],
+        own_values=own_values,
+        own_calibration=Calibration(source=name, scores=tuple(np.sort(own_values["score"].numpy().astype(float)))),
     )

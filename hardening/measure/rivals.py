@@ -1,0 +1,77 @@
+"""Other detectors beside the bundle's own, on the same attacked images, each calibrated on the same clean images of the task.
+
+ZePAD's rule in its readings S1 to S5, the divergence of the branches, Mahalanobis and nearest-neighbour distance on the
+victim's features, feature squeezing, BEYOND. `forwards` is what a detector costs on top of an embedding: encoder passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hardening import encoders
+from hardening.branches import TRIPWIRE
+from hardening.detectors.baselines import Beyond, BranchDivergence, Mahalanobis, Neighbours, PaperReading, Squeezing
+from hardening.graph import GraphEncoder
+from hardening.measure.tasks import Task
+from model_store.calibration import Calibration
+
+Score = Callable[[NDArray[np.uint8], Mapping[str, Tensor]], NDArray[np.float64]]
+"""Images [N, H, W, 3] and the graph's values on them -> [N], higher = more suspicious."""
+FORWARDS = {"feature squeezing": 3, "BEYOND": 51}
+"""Encoder passes of the victim; the others read the features that are there."""
+_CLEAN = 1000
+"""Calibration images at most: BEYOND takes 51 passes for each."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A detector and its table of clean scores."""
+
+    name: str
+    score: Score
+    table: Calibration
+
+
+def fit_rivals(task: Task, victim: GraphEncoder, device: str) -> list[Rival]:
+    """Fit all on the task's clean images; tables from its own calibration images, which nothing was fitted on."""
+
+    def features(images: NDArray[np.uint8]) -> Tensor:
+        return encoders.features(victim, images, batch_size=256, device=device)
+
+    head = task.heads[TRIPWIRE]
+    readings = [PaperReading(reading).fit(task.gallery, task.heads) for reading in ("S1", "S2", "S3", "S4", "S5")]
+    by_values: dict[str, Any] = {
+        **{f"paper, {reading.reading}": reading for reading in readings},
+        "branch divergence": BranchDivergence().fit(task.gallery, task.heads),
+        "Mahalanobis": Mahalanobis().fit(task.gallery, task.gallery_labels),
+        "nearest neighbours": Neighbours().fit(task.gallery),
+    }
+    by_images: dict[str, Any] = {
+        "feature squeezing": Squeezing(lambda images: head(features(images))),
+        "BEYOND": Beyond(features, head).fit(task.own_images[1:_CLEAN:2]),
+    }
+    scores: dict[str, Score] = {
+        **{name: partial(_of_values, detector) for name, detector in by_values.items()},
+        **{name: partial(_of_images, detector) for name, detector in by_images.items()},
+    }
+    # BEYOND ranks among clean images: every other one is kept from it for the table.
+    images, values = task.own_images[:_CLEAN:2], {name: value[:_CLEAN:2] for name, value in task.own_values.items()}
+    return [
+        Rival(name, score, Calibration(source=name, scores=tuple(np.sort(score(images, values)).tolist())))
+        for name, score in scores.items()
+    ]
+
+
+def _of_values(detector: Any, images: NDArray[np.uint8], values: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    return np.asarray(detector.score(values))
+
+
+def _of_images(detector: Any, images: NDArray[np.uint8], values: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    return np.asarray(detector.score(images))
