@@ -1,0 +1,56 @@
+"""`twogate evaluate` and `twogate attack`: what they are called with. What they compute: tests/hardening/measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.evaluate import _names, _pair
+from cli.main import app
+from hardening.measure.oblivious import ATTACKS
+from model_store.errors import TwogateError
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "attack"])
+def test_help_shows_an_example(command: str) -> None:
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"twogate {command} photos" in " ".join(result.output.split())
+
+
+def test_unknown_attack_names_those_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    result = runner.invoke(app, ["attack", "photos", "--data", str(tmp_path), "--out", str(tmp_path), "--attack", "pdg"])
+    assert result.exit_code == 1
+    assert "pap-ugs" in result.output
+
+
+def test_a_task_needs_a_name_and_a_folder(tmp_path: Path) -> None:
+    for task in ("nothing", "x=/does/not/exist", f"={tmp_path}"):
+        result = runner.invoke(app, ["evaluate", "photos", "--task", task])
+        assert result.exit_code == 1
+        assert "NAME=DIR" in result.output
+    assert _pair(f"flowers={tmp_path}") == ("flowers", tmp_path)
+
+
+def test_no_traceback_for_a_number_that_is_none(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["evaluate", "photos", "--task", f"a={tmp_path}", "--epsilons", "8,ten"])
+    assert result.exit_code == 1
+    assert "'ten' is no number" in result.output
+
+
+def test_names() -> None:
+    assert _names("all", ATTACKS) == ATTACKS
+    assert _names("none", ATTACKS) == ()
+    assert _names("pgd,uap", ATTACKS) == ("pgd", "uap")
+
+
+def test_unknown_bundle_says_what_there_is(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["evaluate", "nobody", "--task", f"a={tmp_path}"])
+    assert result.exit_code == 1
+    assert "photos" in result.output
+    assert not isinstance(result.exception, TwogateError)
