@@ -8,7 +8,6 @@ about an attacker who knows the defence.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from hardening.data import Dataset
 from hardening.detectors import ConsistencyDetector, PaperDetector
 from hardening.encoders import Encoder
 from hardening.knn import knn_predict
+from hardening.measure.changes import honest_changes
 from hardening.progress import Bars
 from hardening.recipe import Evaluate
 from model_store.calibration import Calibration
@@ -101,7 +100,7 @@ def evaluate(
         records += _paper_detection(calibrated, dataset, features, fooled, device, bars)
     detector = calibrated.gate.detector.name
     records += _detection(detector, calibrated.calibration, scores, fooled)
-    for name, pictures in _honest_changes(images, seed).items():
+    for name, pictures in honest_changes(images, seed).items():
         found = collect(views, pictures, ConsistencyDetector.views, device, bars, f"honest change: {name}")
         records += _false_positives(detector, calibrated.calibration, name, _judge(calibrated, found)[1])
     settings = {
@@ -258,27 +257,3 @@ def _paper_detection(
         table = Calibration(source="as above", scores=tuple(np.sort(rule(found)[1].numpy().astype(float))))
         scores = {name: rule(by_view)[1].numpy() for name, by_view in features.items()}
     return _detection(rule.name, table, scores, fooled)
-
-
-def _honest_changes(images: NDArray[np.uint8], seed: int) -> dict[str, NDArray[np.uint8]]:
-    """What happens to pictures without any attack; made on the decoded tensors, at the input's size."""
-
-    def each(change: Any) -> NDArray[np.uint8]:
-        return np.stack([np.asarray(change(Image.fromarray(image)), dtype=np.uint8) for image in images])
-
-    def jpeg(quality: int) -> Any:
-        def change(image: Image.Image) -> Image.Image:
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=quality)
-            return Image.open(buffer).convert("RGB")
-
-        return change
-
-    noise = np.random.default_rng(seed).normal(0, 8, images.shape)
-    return {
-        "JPEG quality 75": each(jpeg(75)),
-        "JPEG quality 30": each(jpeg(30)),
-        "noise, sigma 8": np.clip(np.rint(images + noise), 0, 255).astype(np.uint8),
-        "blur, sigma 1": each(lambda image: image.filter(ImageFilter.GaussianBlur(1))),
-        "brightness x 1.3": np.clip(np.rint(images * 1.3), 0, 255).astype(np.uint8),
-    }

@@ -24,13 +24,11 @@ from hardening.evaluate import (
     Record,
     _accuracy,
     _detection,
-    _honest_changes,
     evaluate,
 )
 from hardening.recipe import Evaluate
 from model_store.calibration import Calibration
 from tests.hardening.conftest import QuietBars
-from tests.support.patterns import patterns
 
 RECIPE = Evaluate(images=40, epsilon=10, pgd_steps=4, pgd_restarts=1, uap_epochs=2, neighbours=5)
 
@@ -155,15 +153,6 @@ def test_without_labels_detection_is_still_measured(
 def test_the_guard_reads_each_branchs_own_confidence(toy_calibrated: Calibrated) -> None:
     # The columns of confidence begin with the branches, in the order of the weights.
     assert toy_calibrated.gate.detector.branches[: len(BRANCHES)] == BRANCHES
-
-
-def test_honest_changes_are_changes_and_small() -> None:
-    images = patterns(3, 32)[0]
-    found = _honest_changes(images, 0)
-    assert len(found) == 5
-    for name, changed in found.items():
-        assert changed.shape == images.shape, name
-        assert 0.2 < np.abs(changed.astype(int) - images).mean() < 50, name
 
 
 def test_records_go_into_json_as_they_are(evaluation: Evaluation) -> None:
