@@ -37,10 +37,12 @@ class Rival:
     name: str
     score: Score
     table: Calibration
+    clean: NDArray[np.float64]
+    """Of the clean test images."""
 
 
-def fit_rivals(task: Task, victim: GraphEncoder, device: str) -> list[Rival]:
-    """Fit all on the task's clean images; tables from its own calibration images, which nothing was fitted on."""
+def fit_rivals(task: Task, before: Mapping[str, Tensor], victim: GraphEncoder, device: str) -> list[Rival]:
+    """Fit all on the task's clean images; `before` holds the graph's values on its clean test images. Tables from its own calibration images, which nothing was fitted on."""
 
     def features(images: NDArray[np.uint8]) -> Tensor:
         return encoders.features(victim, images, batch_size=256, device=device)
@@ -64,7 +66,12 @@ def fit_rivals(task: Task, victim: GraphEncoder, device: str) -> list[Rival]:
     # BEYOND ranks among clean images: every other one is kept from it for the table.
     images, values = task.own_images[:_CLEAN:2], {name: value[:_CLEAN:2] for name, value in task.own_values.items()}
     return [
-        Rival(name, score, Calibration(source=name, scores=tuple(np.sort(score(images, values)).tolist())))
+        Rival(
+            name,
+            score,
+            Calibration(source=name, scores=tuple(np.sort(score(images, values)).tolist())),
+            score(task.images, before),
+        )
         for name, score in scores.items()
     ]
 

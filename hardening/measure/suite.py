@@ -94,7 +94,7 @@ def measure_task(plan: Plan, name: str, root: Path, *, bars: Bars) -> None:
             once(room.file(attack, epsilon, seed), partial(room.oblivious, attack, epsilon, seed))
             progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
     if plan.rivals:
-        rivals = fit_rivals(task, room.victim, plan.device)
+        rivals = fit_rivals(task, room.before, room.victim, plan.device)
         with bars.task(f"{name}: other detectors", len(cells)) as progress:
             for attack, epsilon, seed in cells:
                 once(room.file(f"rivals {attack}", epsilon, seed), partial(room.rivals, rivals, attack, epsilon, seed))
@@ -184,7 +184,7 @@ class _Room:
         values = self.values(attacked, f"{attack}, eps {epsilon:g}")
         records = []
         for rival in rivals:
-            clean, score = rival.score(self.task.images, self.before), rival.score(attacked, values)
+            clean, score = rival.clean, rival.score(attacked, values)
 
             def add(metric: str, value: float, n: int, name: str = rival.name) -> None:
                 records.append(self.plan.origin.record(metric, name, self.task.name, attack, value, n, epsilon, seed))
