@@ -42,7 +42,10 @@ class Rival:
 
 
 def fit_rivals(task: Task, before: Mapping[str, Tensor], victim: GraphEncoder, device: str) -> list[Rival]:
-    """Fit all on the task's clean images; `before` holds the graph's values on its clean test images. Tables from its own calibration images, which nothing was fitted on."""
+    """Fit all on the task's clean images; tables from its calibration images, which nothing was fitted on.
+
+    `before` holds the graph's values on the clean test images.
+    """
 
     def features(images: NDArray[np.uint8]) -> Tensor:
         return encoders.features(victim, images, batch_size=256, device=device)
