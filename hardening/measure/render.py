@@ -204,7 +204,7 @@ def _rivals(numbers: _Numbers, page: _Page) -> None:
     page.text(
         "Each calibrated on clean images of the task. Encoder passes on top of an embedding: "
         + ", ".join(f"{name} {passes}" for name, passes in FORWARDS.items())
-        + "; the others read features that are there. This detector: 2."
+        + "; the others read features that are there. This detector: 3."
     )
     names = list(dict.fromkeys(r.subject for r in found))
     rows = []
