@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import pickle
+import secrets
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hardening import architectures
 from hardening.files import load_tensors
-from hardening.recipe import PACKAGE_PREFIX, EncoderSpec
+from hardening.recipe import KEY_BLOCK, PACKAGE_PREFIX, EncoderSpec
 from model_store.errors import TwogateError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -59,21 +61,47 @@ class Encoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    key: Tensor | None
+    """[48, 3, 4, 4], or None: what a keyed encoder does to each block of pixels before its network sees them."""
 
-    def __init__(self, network: nn.Module, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        key: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
+        self.register_buffer("key", key)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.dim = int(network.num_features)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] -> features [N, dim]."""
-        features: Tensor = self.network((images - self.mean) / self.std)
+        x = (images - self.mean) / self.std
+        if self.key is not None:
+            x = F.pixel_shuffle(F.conv2d(x, self.key, stride=KEY_BLOCK), KEY_BLOCK)
+        features: Tensor = self.network(x)
         return features
 
 
-def build(spec: EncoderSpec, seed: int, say: Callable[[str], None] | None = None) -> Encoder:
+def draw_key() -> Tensor:
+    """A secret order and secret signs of the 48 values of a 4 x 4 block, as a convolution's weight [48, 3, 4, 4].
+
+    The block-wise transform of AprilPyone and Kiya 2021 ("Block-wise image transformation with secret key for adversarially
+    robust defense"), with negation. It comes from the machine's own source of randomness and not from the recipe's seed,
+    which everybody may read; who has the bundle has the key.
+    """
+    values = 3 * KEY_BLOCK**2
+    random = secrets.SystemRandom()
+    order = random.sample(range(values), values)
+    signs = torch.tensor([random.choice((-1.0, 1.0)) for _ in range(values)])
+    return (torch.eye(values)[order] * signs[:, None]).view(values, 3, KEY_BLOCK, KEY_BLOCK)
+
+
+def build(spec: EncoderSpec, seed: int, say: Callable[[str], None] | None = None, key: Tensor | None = None) -> Encoder:
     """Build the encoder that a recipe names, in eval mode, with its weights if it has any.
 
     EncoderError lists missing and unexpected keys; RecipeError where the architecture does not exist. `say` is told which
@@ -89,7 +117,7 @@ def build(spec: EncoderSpec, seed: int, say: Callable[[str], None] | None = None
         network.load_state_dict(taken, strict=True)
         if aside and say is not None:
             say(f"{spec.weights}: {_listed('left aside', aside).strip()}")
-    return Encoder(network, spec.mean, spec.std).eval()
+    return Encoder(network, spec.mean, spec.std, key).eval()
 
 
 def find_weights(source: str) -> Path:

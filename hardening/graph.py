@@ -8,7 +8,7 @@ answers against ONNX Runtime's, and its gradients against finite differences.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -213,6 +213,12 @@ def _gemm(arguments: list[Any], attributes: dict[str, Any]) -> Tensor:
     return product if c is None else product + attributes.get("beta", 1.0) * c
 
 
+def _depth_to_space(arguments: list[Any], attributes: Mapping[str, Any]) -> Tensor:
+    if attributes.get("mode", b"DCR") != b"CRD":
+        raise GraphError("DepthToSpace in the order DCR cannot be differentiated here")
+    return F.pixel_shuffle(arguments[0], attributes["blocksize"])
+
+
 def _reshape(arguments: list[Any], attributes: dict[str, Any]) -> Tensor:
     x, shape = arguments
     sizes = shape.tolist()
@@ -301,6 +307,7 @@ _OPERATORS: dict[str, Callable[[list[Any], dict[str, Any]], Any]] = {
     "Concat": lambda a, t: torch.cat(a, dim=t["axis"]),
     "Transpose": lambda a, t: a[0].permute(t.get("perm", tuple(reversed(range(a[0].dim()))))),
     "Reshape": _reshape,
+    "DepthToSpace": _depth_to_space,
     "Flatten": lambda a, t: a[0].flatten(t.get("axis", 1)),
     "Expand": _expand,
     "Unsqueeze": _unsqueeze,

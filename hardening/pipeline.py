@@ -26,7 +26,7 @@ from hardening.calibrate import Calibrated, assemble, calibrate
 from hardening.encoders import Encoder
 from hardening.evaluate import Evaluation, Record, evaluate
 from hardening.export import check_parity, export, golden
-from hardening.files import load_tensors, write_atomically
+from hardening.files import load_tensors, save_tensors, write_atomically
 from hardening.finetune import finetune
 from hardening.memory import keep_freed_memory
 from hardening.pretrain import pretrain
@@ -170,7 +170,8 @@ def public_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, 
     seed = recipe.seed + ROLES.index(role)
     # Said once, not again when a finished training is loaded.
     done = (run / "encoders" / f"finetune {role}.pt").exists()
-    encoder = encoders.build(spec, seed, None if done else bars.say)
+    key = _key(run / "encoders" / f"key {role}.pt") if spec.keyed else None
+    encoder = encoders.build(spec, seed, None if done else bars.say, key)
     if spec.pretrain is None:
         return encoder
     images, labels = dataset.take(spec.pretrain.split)
@@ -186,6 +187,14 @@ def public_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, 
         bars=bars,
     )
     return trained
+
+
+def _key(file: Path) -> torch.Tensor:
+    """The run's secret key, drawn once."""
+    if not file.exists():
+        save_tensors(file, {"key": encoders.draw_key()})
+    key: torch.Tensor = load_tensors(file)["key"]
+    return key
 
 
 def _train_job(recipe: Recipe, data_root: Path, role: str, run: Path, device: str, *, bars: Bars) -> None:
@@ -232,7 +241,11 @@ def _branches(recipe: Recipe, calibrated: Calibrated, tuned: dict[str, Encoder])
 
 def _training_seconds(run: Path) -> dict[str, int]:
     """Wall-clock seconds of each training, added up over its epochs, those before a kill included."""
-    histories = {file.stem: load_tensors(file)["history"] for file in sorted((run / "encoders").glob("*.pt"))}
+    histories = {
+        file.stem: load_tensors(file)["history"]
+        for file in sorted((run / "encoders").glob("*.pt"))
+        if not file.stem.startswith("key ")
+    }
     return {
         job: round(sum(record["seconds"] for record in history))
         for job, history in histories.items()

@@ -13,6 +13,8 @@ from model_store.errors import TwogateError
 from model_store.pixels import PixelRule
 
 PACKAGE_PREFIX = "package:"
+KEY_BLOCK = 4
+"""Side in pixels of the blocks that a keyed encoder scrambles."""
 SSLMethod = Literal["simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins", "supcon"]
 
 
@@ -66,11 +68,18 @@ class EncoderSpec(_Part):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     pretrain: Pretrain | None = None
+    keyed: bool = Field(
+        default=False,
+        description="for `bmp`, with `pretrain`: it sees pictures through a secret block-wise transform, drawn anew for each "
+        "run, so that an attacker's stand-in for it is no twin",
+    )
 
     @model_validator(mode="after")
     def _starts_somewhere(self) -> EncoderSpec:
         if self.weights is None and self.pretrain is None:
             raise ValueError("an encoder needs `weights`, or `pretrain` to make them")
+        if self.keyed and self.pretrain is None:
+            raise ValueError("`keyed` needs `pretrain`: no public weights can read pictures behind a secret key")
         return self
 
 
@@ -127,7 +136,11 @@ class Recipe(_Part):
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
-    def _public_images(self) -> Recipe:
+    def _parts_fit(self) -> Recipe:
+        if self.victim.keyed or self.auxiliary.keyed:
+            raise ValueError("only `bmp` can be keyed: the others are public encoders")
+        if self.bmp.keyed and (self.pixels.height % KEY_BLOCK or self.pixels.width % KEY_BLOCK):
+            raise ValueError(f"bmp.keyed needs a height and a width that are multiples of {KEY_BLOCK}")
         for role in ("victim", "auxiliary", "bmp"):
             spec: EncoderSpec = getattr(self, role)
             if spec.pretrain and spec.pretrain.split == "public" and self.splits.public == 0:

@@ -15,7 +15,6 @@ from hardening.attacks.adaptive import ADAPTIVE
 from hardening.attacks.features import to_uint8
 from hardening.attacks.head_aware import pgd_head
 from hardening.attacks.target import Seen, Target
-from hardening.branches import BRANCHES
 from hardening.encoders import as_input
 from hardening.graph import Graph
 from hardening.measure.tasks import GUARDED, Task
@@ -53,13 +52,13 @@ def target_of(graph: Graph, task: Task, manifest: Manifest) -> Target:
     def see(images: Tensor) -> Seen:
         found = graph(images, wanted)
         features = {branch: found[value] for branch, value in by_branch.items()}
-        values = {**features, "confidence": found["confidence"]}
+        values = {**features, "embedding": found["embedding"], "confidence": found["confidence"]}
         return Seen(
             embedding=found["embedding"],
             confidence=found["confidence"],
             score=found["score"],
             features=features,
-            logits=torch.stack([task.heads[name](features[name]) for name in BRANCHES], dim=1),
+            logits=task.served_logits(found["embedding"]),
             fused=task.system_logits(values, manifest)[GUARDED],
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hardening import data
 from hardening.branches import BRANCHES, MPAE, TRIPWIRE, Head, fuse, guard, rfdm_weights, train_head
 from hardening.graph import Graph, run_uint8
+from hardening.heads import Linear, train_heads
 from hardening.measure.sizes import Size
 from hardening.progress import Bars
 from hardening.recipe import RecipeError, Splits
@@ -21,7 +22,8 @@ from model_store.calibration import Calibration
 from model_store.manifest import Manifest
 
 UNDEFENDED = "undefended victim"
-GUARDED = "three branches, guarded RFDM"
+GUARDED = "three branches, guarded"
+"""What a task head of `twogate head train` answers."""
 SYSTEMS = (
     UNDEFENDED,
     "hardened victim alone",
@@ -29,6 +31,7 @@ SYSTEMS = (
     "BMP alone",
     "three branches, plain average",
     "three branches, RFDM",
+    "three branches, guarded RFDM",
     GUARDED,
 )
 _UNSEEN = Splits(local=0.15, validation=0.08, fit=0.47, calibration=0.3)
@@ -45,6 +48,9 @@ class Task:
     targets: NDArray[np.uint8]
     """[N, H, W, 3]: for each test image another class's test image, which a targeted attack imitates."""
     heads: dict[str, Head]
+    """By encoder, each fitted alone on the encoder's own features."""
+    served: tuple[Linear, ...]
+    """The heads that `twogate head train` makes, on the embedding."""
     gallery: dict[str, Tensor]
     """Values of the graph on the images that the heads were fitted on."""
     gallery_labels: NDArray[np.int64]
@@ -59,7 +65,7 @@ class Task:
         return {name: logits.argmax(dim=1).numpy() for name, logits in self.system_logits(values, manifest).items()}
 
     def system_logits(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
-        """Logits [N, C] by system, differentiable. `values` are features by branch, and `confidence`."""
+        """Logits [N, C] by system, differentiable. `values` are features by branch, `embedding` and `confidence`."""
         logits = torch.stack([self.heads[name](values[name]) for name in BRANCHES], dim=1)
         weights = rfdm_weights(logits)
         names = [branch.name for branch in manifest.branches]
@@ -70,11 +76,20 @@ class Task:
             "BMP alone": logits[:, BRANCHES.index("bmp")],
             "three branches, plain average": logits.mean(dim=1),
             "three branches, RFDM": fuse(logits, weights),
-            GUARDED: fuse(logits, guard(weights, confidence)),
+            "three branches, guarded RFDM": fuse(logits, guard(weights, confidence)),
+            GUARDED: fuse(self.served_logits(values["embedding"]), guard(torch.ones_like(confidence), confidence)),
         }
         if TRIPWIRE in values:
             found[UNDEFENDED] = self.heads[TRIPWIRE](values[TRIPWIRE])
         return found
+
+    def served_logits(self, embedding: Tensor) -> Tensor:
+        """Embeddings [N, D] -> logits [N, 3, C] of the served heads, before their fusion."""
+        logits = []
+        for head in self.served:
+            weight, bias = (torch.as_tensor(value).to(embedding) for value in (head.weight, head.bias))
+            logits.append(embedding[:, head.start : head.start + len(weight)] @ weight + bias)
+        return torch.stack(logits, dim=1)
 
 
 def graph_values(graph: Graph, images: NDArray[np.uint8], device: str, bars: Bars, what: str) -> dict[str, Tensor]:
@@ -134,6 +149,7 @@ def load_task(
             f"{name}: {size.fit} images hold not all of its {len(dataset.classes)} classes; use a larger --size"
         )
     heads = {branch: train_head(gallery[branch], fit_labels) for branch in graph.feature_names}
+    served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes), "guarded")
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
     other = np.array([rng.choice(np.flatnonzero(labels != label)) for label in labels])
     return Task(
@@ -142,6 +158,7 @@ def load_task(
         labels=labels,
         targets=dataset.images[test][other],
         heads=heads,
+        served=tuple(served),
         gallery=gallery,
         gallery_labels=fit_labels,
         own_images=dataset.images[own],

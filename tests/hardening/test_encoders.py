@@ -28,6 +28,7 @@ from hardening.encoders import (
     ScaledConv2d,
     as_input,
     build,
+    draw_key,
     features,
     find_weights,
     fold_batch_norm,
@@ -471,3 +472,28 @@ def test_a_third_partys_self_supervised_checkpoint(shared_data: Path) -> None:
     predicted = knn_predict(gallery, found["train"][1], queries, 20)
     accuracy = float((predicted == np.asarray(found["test"][1])).mean())
     assert accuracy == pytest.approx(0.660, abs=0.02)
+
+
+def test_a_key_is_a_secret_order_with_signs() -> None:
+    key = draw_key().view(48, 48)
+    torch.testing.assert_close(key @ key.T, torch.eye(48))
+    assert set(key.unique().tolist()) == {-1.0, 0.0, 1.0}
+    assert not torch.equal(key, draw_key().view(48, 48))
+
+
+def test_a_keyed_encoder_scrambles_within_blocks() -> None:
+    plain = build(spec(None), seed=0)
+    images = torch.rand(2, 3, 16, 16)
+    same_order = Encoder(plain.network, (0.4,) * 3, (0.2,) * 3, torch.eye(48).view(48, 3, 4, 4))
+    torch.testing.assert_close(same_order(images), Encoder(plain.network, (0.4,) * 3, (0.2,) * 3)(images))
+    seen: list[Tensor] = []
+    keyed = Encoder(plain.network, (0.4,) * 3, (0.2,) * 3, draw_key())
+    keyed.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    keyed(images)
+    normalised = (images - 0.4) / 0.2
+    for block in (slice(0, 4), slice(8, 12)):
+        there, here = (x[0, :, block, block].abs().flatten().sort().values for x in (normalised, seen[0]))
+        torch.testing.assert_close(here, there)
+    assert not torch.allclose(seen[0], normalised)
+    assert "key" in keyed.state_dict()
+    assert "key" not in plain.state_dict()

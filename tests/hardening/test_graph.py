@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from hardening.branches import BRANCHES, TRIPWIRE
+from hardening.branches import BMP, BRANCHES, TRIPWIRE
 from hardening.calibrate import Calibrated
 from hardening.data import Dataset
-from hardening.encoders import as_input
-from hardening.export import export
+from hardening.encoders import Encoder, as_input, draw_key
+from hardening.export import check_parity, export
 from hardening.graph import OUTPUTS, Graph, GraphError, run_uint8
 
 
@@ -36,6 +36,21 @@ def test_answers_as_onnx_runtime(model: bytes, pictures: NDArray[np.uint8]) -> N
     found = run_uint8(Graph(model), pictures, OUTPUTS, batch=3)
     for name, want in zip(OUTPUTS, expected, strict=True):
         np.testing.assert_allclose(found[name].numpy(), want, atol=1e-4)
+
+
+def test_a_keyed_branch_answers_as_onnx_runtime(toy_calibrated: Calibrated, pictures: NDArray[np.uint8]) -> None:
+    gate = copy.deepcopy(toy_calibrated.gate)
+    keyed = gate.views.encoders[BMP]
+    assert isinstance(keyed, Encoder)
+    keyed.key = draw_key()
+    model = export(gate, pictures[:2])
+    check_parity(gate, model, pictures)
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(["score"], {"images": pictures})
+    found = run_uint8(Graph(model), pictures, ("score",))["score"]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
+    plain = run_uint8(Graph(export(copy.deepcopy(toy_calibrated.gate), pictures[:2])), pictures, ("score",))["score"]
+    assert not np.allclose(found.numpy(), plain.numpy(), atol=1e-3)
 
 
 def test_gradient_is_that_of_the_score(model: bytes, pictures: NDArray[np.uint8]) -> None:

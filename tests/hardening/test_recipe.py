@@ -108,5 +108,13 @@ def test_public_pre_training_needs_public_images(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, small(victim=victim, splits={"public": 0.3}))).splits.public == 0.3
 
 
+def test_a_key_needs_pre_training_and_whole_blocks(tmp_path: Path) -> None:
+    bmp = {"architecture": "resnet8_cifar", "keyed": True, "pretrain": {"method": "supcon"}}
+    assert load_recipe(write(tmp_path, small(bmp=bmp))).bmp.keyed
+    assert "multiples of 4" in refusal(tmp_path, small(bmp=bmp, pixels={"height": 30, "width": 32}))
+    assert "only `bmp` can be keyed" in refusal(tmp_path, small(victim=bmp))
+    assert "`keyed` needs `pretrain`" in refusal(tmp_path, small(bmp={"architecture": "a", "weights": "timm", "keyed": True}))
+
+
 def test_a_name_that_cannot_be_a_bundles_name(tmp_path: Path) -> None:
     assert "name:" in refusal(tmp_path, small(name="../x"))
