@@ -47,7 +47,7 @@ def assemble(victim: Encoder, tuned: Mapping[str, Encoder], sample: NDArray[np.u
         fold_batch_norm(encoder, as_input(sample))
         merge_gains(encoder)
         round_weights(encoder)
-    return Views(encoders).requires_grad_(False).eval()
+    return Views(encoders, *sample.shape[1:3]).requires_grad_(False).eval()
 
 
 def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: Bars) -> Calibrated:

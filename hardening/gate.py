@@ -10,20 +10,31 @@ from torch.nn import functional as F
 
 from hardening.branches import BRANCHES, TRIPWIRE, embed
 from hardening.detectors import Detector
-from hardening.detectors.consistency import BLUR
+from hardening.detectors.consistency import BLUR, ZOOM
 from hardening.encoders import Encoder
 
 BLUR_SIGMA = 0.7
 """Pixels of the input. Wide enough to take a perturbation's finest part, narrow enough to leave the picture."""
 
 
+ZOOM_MARGIN = 1 / 16
+"""Share of the side that a zoom cuts off at each edge."""
+
+
 class Views(nn.Module):
-    """The encoders, and what the detectors want to see of each: its features, or those of a blurred image."""
+    """The encoders, and what the detectors want to see of each: its features, or those of a blurred or zoomed image.
+
+    `height` and `width` are those of the images.
+    """
 
     kernel: Tensor
+    zoom_rows: Tensor
+    zoom_columns: Tensor
 
-    def __init__(self, encoders: Mapping[str, Encoder]) -> None:
+    def __init__(self, encoders: Mapping[str, Encoder], height: int, width: int) -> None:
         super().__init__()
+        self.register_buffer("zoom_rows", _zoom_weights(height))
+        self.register_buffer("zoom_columns", _zoom_weights(width).T.contiguous())
         self.encoders = nn.ModuleDict(dict(encoders))
         x = torch.arange(-2, 3, dtype=torch.float32)
         weights = torch.exp(-(x**2) / (2 * BLUR_SIGMA**2))
@@ -34,10 +45,22 @@ class Views(nn.Module):
         """Gaussian blur of images [N, 3, H, W], edges reflected."""
         return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), self.kernel, groups=3)
 
+    def zoom(self, images: Tensor) -> Tensor:
+        """The middle of images [N, 3, H, W], stretched to their size. As two products, which every host computes alike."""
+        return self.zoom_rows @ images @ self.zoom_columns
+
     def forward(self, images: Tensor, views: Iterable[str]) -> dict[str, Tensor]:
         """Images [N, 3, H, W] in [0, 1] -> features [N, d] by view."""
-        blurred = self.blur(images)
-        return {view: self.encoders[view.removesuffix(BLUR)](blurred if view.endswith(BLUR) else images) for view in views}
+        seen = {"": images, BLUR: self.blur(images), ZOOM: self.zoom(images)}
+        split = {view: view.partition("@") for view in views}
+        return {view: self.encoders[name](seen[at + how]) for view, (name, at, how) in split.items()}
+
+
+def _zoom_weights(size: int) -> Tensor:
+    """[size, size]: what bilinear interpolation of the middle takes from each row."""
+    margin = max(1, round(ZOOM_MARGIN * size))
+    rows = torch.eye(size)[None, :, margin : size - margin]
+    return F.interpolate(rows, size=size, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 class Gate(nn.Module):

@@ -100,8 +100,9 @@ class Graph(nn.Module):
         found: dict[str, str] = {}
         for step in self.steps:
             branch = names.get(step.inputs[1]) if step.kind == "Sub" else None
-            # The same mean also standardises the features of the blurred picture.
-            if branch is not None and not any("views.kernel" in s.inputs for s in self._needed([step.inputs[0]])):
+            # The same mean also standardises the features of the blurred and of the zoomed picture.
+            changed = {"views.kernel", "views.zoom_rows", "views.zoom_columns"}
+            if branch is not None and not any(changed.intersection(s.inputs) for s in self._needed([step.inputs[0]])):
                 found[branch] = step.inputs[0]
         return found
 

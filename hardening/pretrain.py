@@ -2,7 +2,7 @@
 
 SimCLR (Chen et al. 2020), MoCo v2+ (He et al. 2020; Chen et al. 2020), NNCLR (Dwibedi et al. 2021), BYOL (Grill et al. 2020),
 SwAV (Caron et al. 2020), Barlow Twins (Zbontar et al. 2021), VICReg (Bardes et al. 2022), and where
-labels exist SupCon (Khosla et al. 2020). Losses, projectors and augmentations are lightly's; two views an image, no small
+labels exist SupCon (Khosla et al. 2020) or plain cross-entropy (`supervised`). Losses, projectors and augmentations are lightly's; two views an image, no small
 crops.
 """
 
@@ -73,6 +73,17 @@ class _SupCon(_Joint):
     def forward(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
         views = torch.cat([self.projector(self.encoder(first)), self.projector(self.encoder(second))])
         return supcon_loss(views, labels.repeat(2))
+
+
+class _Supervised(_Method):
+    """Cross-entropy of one view: the cheapest way to a BMP branch where the local images have labels."""
+
+    def __init__(self, encoder: Encoder, classes: int) -> None:
+        super().__init__(encoder)
+        self.head = nn.Linear(encoder.dim, classes)
+
+    def forward(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.encoder(first)), labels)
 
 
 class _Momentum(_Method):
@@ -181,7 +192,9 @@ def supcon_loss(vectors: Tensor, labels: Tensor, temperature: float = _TEMPERATU
     return -(log_share.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
 
 
-def _method(name: SSLMethod, encoder: Encoder, images: int) -> _Method:
+def _method(name: SSLMethod, encoder: Encoder, images: int, classes: int) -> _Method:
+    if name == "supervised":
+        return _Supervised(encoder, classes)
     dim = encoder.dim
     # A queue as long as the data would hold every image's own earlier views as its negatives.
     queue = max(1, min(_QUEUE, images // 2))
@@ -215,7 +228,7 @@ def pretrain(
 ) -> tuple[Encoder, list[dict[str, float]]]:
     """Train a copy of `encoder` on images [N, H, W, 3] uint8; returns it and a record per epoch. Resumes from `folder`.
 
-    RecipeError where SupCon meets images without labels.
+    RecipeError where a method that needs labels meets images without them.
     """
     done = folder / f"{job}.pt"
     encoder = copy.deepcopy(encoder)
@@ -223,11 +236,11 @@ def pretrain(
         saved = load_tensors(done)
         encoder.load_state_dict(saved["encoder"])
         return encoder.eval(), saved["history"]
-    if recipe.method == "supcon" and (labels < 0).any():
-        raise RecipeError(f"{job}: SupCon needs labelled images, train/<class>/*")
+    if recipe.method in ("supcon", "supervised") and (labels < 0).any():
+        raise RecipeError(f"{job}: {recipe.method} needs labelled images, train/<class>/*")
 
     torch.manual_seed(seed)
-    method = _method(recipe.method, encoder, len(images)).to(device).train()
+    method = _method(recipe.method, encoder, len(images), int(labels.max()) + 1).to(device).train()
     size = images.shape[1]
     transform = SimCLRTransform(input_size=size, gaussian_blur=0.5 if size > 64 else 0.0, normalize=None)
     trainable = [p for p in method.parameters() if p.requires_grad]

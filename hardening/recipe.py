@@ -15,7 +15,7 @@ from model_store.pixels import PixelRule
 PACKAGE_PREFIX = "package:"
 KEY_BLOCK = 4
 """Side in pixels of the blocks that a keyed encoder scrambles."""
-SSLMethod = Literal["simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins", "supcon"]
+SSLMethod = Literal["simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins", "supcon", "supervised"]
 
 
 class RecipeError(TwogateError):

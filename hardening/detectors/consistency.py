@@ -1,27 +1,32 @@
-"""Consistency: does each branch agree with itself on a slightly blurred image, and with what the robust ones predict?
+"""Consistency: does each branch agree with itself on a slightly changed image, and with what the robust ones predict?
 
 A DAE is made against the public victim. So the undefended victim stays in the graph as a tripwire: what moves it, and not
 the hardened branches, is suspicious. Evidence, each higher = more suspicious:
 
-- blur shift of the tripwire and of BMP: 1 - cos between standardised features of the image and of its blurred copy;
-- residual of the tripwire and of BMP: 1 - cos between their features and a ridge regression's prediction from the two MPAE
-  branches (in principal components of each);
-- cross residual of each MPAE branch: the same, predicted from the other one.
+- shift of the tripwire and of BMP under a blur, of the tripwire under a slight zoom too: 1 - cos between standardised
+  features of the image and of its changed copy;
+- residual of BMP: 1 - cos between its features and a ridge regression's prediction from the two MPAE branches (in principal
+  components of each); cross residual of each MPAE branch: the same, predicted from the other one;
+- whitened residual, and whitened shift under the blur, of the tripwire: the Mahalanobis distance of the same differences from
+  those of clean images. A perturbation moves features in directions in which clean ones hardly differ.
 
-Each evidence becomes -log p, p its conformal p-value among clean images the detector was fitted on; a branch's confidence
-is the Bonferroni-corrected p of its own evidence; the score is the largest -log p among tripwire and BMP. The score's own
-calibration, on other images, makes the verdict valid whatever happened here. The cross residuals guard the MPAE branches'
-votes but do not enter the score.
+Each evidence becomes a normal score by its quantiles among the clean images that the detector was fitted on. A branch's
+normal scores are added (Stouffer et al. 1949), because a universal perturbation moves all of them a little. The sum's
+conformal p-value among the same clean images is the branch's confidence, and the score is the larger -ln p of tripwire and
+BMP. The score's own calibration, on other images, makes the verdict valid whatever happened here. The cross residuals guard
+the MPAE branches' votes but do not enter the score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import KFold, cross_val_predict
@@ -31,20 +36,25 @@ from torch.nn import functional as F
 from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, Standard
 from hardening.detectors.base import Detector
 
-BLUR = "@blur"
+BLUR, ZOOM = "@blur", "@zoom"
 _COMPONENTS = 96
-_LEVELS = (0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02, 0.01)
-"""Tail probabilities at which the table of -log p has its knots; beyond the last, an exponential tail goes on."""
+_LEVELS = (0.99, 0.95, 0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02, 0.01)
+"""Tail probabilities at which the tables have their knots; beyond the last a straight line goes on."""
+_TAIL = 0.1
+"""Where the tail begins whose slope goes on."""
+_FOLDS = KFold(5, shuffle=True, random_state=0)
 
 _EVIDENCE = (
     (TRIPWIRE, "blur shift"),
-    (TRIPWIRE, "residual"),
+    (TRIPWIRE, "zoom shift"),
+    (TRIPWIRE, "whitened blur shift"),
+    (TRIPWIRE, "whitened residual"),
     (BMP, "blur shift"),
     (BMP, "residual"),
     (MPAE[0], "cross residual"),
     (MPAE[1], "cross residual"),
 )
-_SCORED = 4
+_OWN = {branch: [i for i, (name, _) in enumerate(_EVIDENCE) if name == branch] for branch in (*BRANCHES, TRIPWIRE)}
 
 
 class ConsistencyDetector(Detector):
@@ -52,89 +62,102 @@ class ConsistencyDetector(Detector):
 
     name = "consistency"
     description = (
-        "the undefended victim kept as tripwire; blur shift of tripwire and BMP, and their residual from the MPAE branches' "
-        "prediction; conformal p per branch; score = largest -ln p"
+        "the undefended victim kept as tripwire; shifts of tripwire and BMP under blur and zoom, their residuals from the "
+        "MPAE branches' prediction; sum of normal scores and conformal p per branch; score = larger -ln p"
     )
-    views = (*BRANCHES, TRIPWIRE, TRIPWIRE + BLUR, BMP + BLUR)
+    views = (*BRANCHES, TRIPWIRE, TRIPWIRE + BLUR, TRIPWIRE + ZOOM, BMP + BLUR)
     branches = (*BRANCHES, TRIPWIRE)
 
-    knots: Tensor
-    widths: Tensor
-    slopes: Tensor
-
-    def __init__(
-        self,
-        spaces: Mapping[str, _Space],
-        maps: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
-        evidence: NDArray[np.float64],
-    ) -> None:
+    def __init__(self, spaces: Mapping[str, _Space], maps: Mapping[str, nn.Linear], whiten: Mapping[str, nn.Linear]) -> None:
         super().__init__()
         self.spaces = nn.ModuleDict(dict(spaces))
-        self.maps = nn.ModuleDict({name: _linear(weight, bias) for name, (weight, bias) in maps.items()})
-        self.clean_images = len(evidence)
-        tables = [_table(evidence[:, column]) for column in range(evidence.shape[1])]
-        for buffer, values in zip(("knots", "widths", "slopes"), zip(*tables, strict=True), strict=True):
-            self.register_buffer(buffer, torch.tensor(np.stack(values), dtype=torch.float32))
+        self.maps = nn.ModuleDict(dict(maps))
+        self.whiten = nn.ModuleDict(dict(whiten))
+        self.normal_scores, self.surprises = nn.Module(), nn.Module()
+        self.clean_images = 0
 
     @classmethod
     def fit(cls, features: Mapping[str, Tensor]) -> ConsistencyDetector:
         """Fit on features [N, d] by view of clean images that no encoder was tuned on."""
         spaces = {name: _Space.fit(features[name]) for name in (*BRANCHES, TRIPWIRE)}
         reduced = {name: space(features[name]).numpy().astype(np.float64) for name, space in spaces.items()}
-        robust = np.concatenate([reduced[name] for name in MPAE], axis=1)
-        pairs = {TRIPWIRE: robust, BMP: robust, MPAE[0]: reduced[MPAE[1]], MPAE[1]: reduced[MPAE[0]]}
         maps, residual = {}, {}
-        folds = KFold(5, shuffle=True, random_state=0)
-        for name, source in pairs.items():
-            model = RidgeCV(alphas=np.logspace(-1, 5, 13)).fit(source, reduced[name])
-            maps[name] = (model.coef_, model.intercept_)
+        for name, source in _sources({name: torch.as_tensor(values) for name, values in reduced.items()}).items():
+            model = RidgeCV(alphas=np.logspace(-1, 5, 13)).fit(source.numpy(), reduced[name])
+            maps[name] = _linear(model.coef_, model.intercept_)
             # Out of fold: residuals of images that the map was fitted on would look too small.
-            predicted = cross_val_predict(Ridge(alpha=float(model.alpha_)), source, reduced[name], cv=folds)
-            residual[name] = _distance(torch.as_tensor(predicted), torch.as_tensor(reduced[name])).numpy()
-        blur = {
-            name: _distance(spaces[name].standardise(features[name]), spaces[name].standardise(features[name + BLUR])).numpy()
-            for name in (TRIPWIRE, BMP)
-        }
-        columns = [blur[name] if kind == "blur shift" else residual[name] for name, kind in _EVIDENCE]
-        return cls(spaces, maps, np.stack(columns, axis=1))
+            predicted = cross_val_predict(Ridge(alpha=float(model.alpha_)), source.numpy(), reduced[name], cv=_FOLDS)
+            residual[name] = torch.as_tensor(predicted)
+        shift = spaces[TRIPWIRE](features[TRIPWIRE + BLUR]) - spaces[TRIPWIRE](features[TRIPWIRE])
+        differences = {"residual": torch.as_tensor(reduced[TRIPWIRE]) - residual[TRIPWIRE], "blur shift": shift}
+        detector = cls(spaces, maps, {kind: _whitening(vectors.numpy()) for kind, vectors in differences.items()})
+        evidence = detector._evidence(
+            features, residual, {kind: _out_of_fold_lengths(vectors.numpy()) for kind, vectors in differences.items()}
+        )
+        detector.clean_images = len(evidence)
+        levels = np.array([level for level in _LEVELS if min(level, 1 - level) * len(evidence) >= 2] or [0.5])
+        scores = np.array([NormalDist().inv_cdf(1 - level) for level in levels])
+        detector.normal_scores = _Table.fit(evidence.numpy(), levels, scores, _slope_of_the_last_quantiles)
+        sums = detector._sums(evidence)
+        upper = levels[levels <= 0.9] if (levels <= 0.9).any() else levels
+        detector.surprises = _Table.fit(sums.numpy(), upper, -np.log(upper), _slope_of_the_mean_excess)
+        return detector
 
     def evidence(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Features by view -> [N, 6], in the order of the module's text."""
-        reduced = {name: space(features[name]) for name, space in self.spaces.items()}
-        robust = torch.cat([reduced[name] for name in MPAE], dim=1)
-        source = {TRIPWIRE: robust, BMP: robust, MPAE[0]: reduced[MPAE[1]], MPAE[1]: reduced[MPAE[0]]}
+        """Features by view -> [N, 8], in the order of the module's table."""
+        reduced = {name: self.spaces[name](features[name]) for name in self.spaces}
+        predicted = {name: self.maps[name](source) for name, source in _sources(reduced).items()}
+        shift = self.spaces[TRIPWIRE](features[TRIPWIRE + BLUR]) - reduced[TRIPWIRE]
+        differences = {"residual": reduced[TRIPWIRE] - predicted[TRIPWIRE], "blur shift": shift}
+        lengths = {kind: _length(self.whiten[kind](vectors)) for kind, vectors in differences.items()}
+        return self._evidence(features, predicted, lengths)
+
+    def _evidence(
+        self, features: Mapping[str, Tensor], predicted: Mapping[str, Tensor], lengths: Mapping[str, Tensor]
+    ) -> Tensor:
         columns = []
         for name, kind in _EVIDENCE:
-            if kind == "blur shift":
-                space = self.spaces[name]
-                assert isinstance(space, _Space)
-                columns.append(_distance(space.standardise(features[name]), space.standardise(features[name + BLUR])))
-            else:
-                columns.append(_distance(self.maps[name](source[name]), reduced[name]))
+            space = self.spaces[name]
+            assert isinstance(space, _Space)
+            match kind:
+                case "blur shift" | "zoom shift":
+                    view = BLUR if kind == "blur shift" else ZOOM
+                    columns.append(_distance(space.standardise(features[name]), space.standardise(features[name + view])))
+                case "whitened blur shift" | "whitened residual":
+                    columns.append(lengths[kind.removeprefix("whitened ")].to(features[name].dtype))
+                case _:
+                    columns.append(_distance(predicted[name].to(features[name].dtype), space(features[name])))
         return torch.stack(columns, dim=1)
 
+    def _sums(self, evidence: Tensor) -> Tensor:
+        """[N, 8] -> [N, 4]: each branch's normal scores, added."""
+        scores = self.normal_scores(evidence)
+        return torch.stack([scores[:, _OWN[branch]].sum(dim=1) for branch in self.branches], dim=1)
+
     def minus_log_p(self, evidence: Tensor) -> Tensor:
-        """[N, 6] -> [N, 6]: a piecewise linear, increasing function for each evidence, without a ceiling."""
-        above = (evidence[:, :, None] - self.knots).clamp_min(0).minimum(self.widths)
-        return (above * self.slopes).sum(dim=2)
+        """[N, 8] -> [N, 4]: -ln of each branch's conformal p-value, in the order of `branches`; without a ceiling."""
+        surprises: Tensor = self.surprises(self._sums(evidence))
+        return surprises
 
     def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """See Detector."""
         surprise = self.minus_log_p(self.evidence(features))
-        confidence = []
-        for branch in self.branches:
-            own = [column for column, (name, _) in enumerate(_EVIDENCE) if name == branch]
-            worst = surprise[:, own].amax(dim=1)
-            confidence.append((len(own) * torch.exp(-worst)).clamp(max=1.0))
-        return torch.stack(confidence, dim=1), surprise[:, :_SCORED].amax(dim=1)
+        scored = [self.branches.index(name) for name in (TRIPWIRE, BMP)]
+        return torch.exp(-surprise), surprise[:, scored].amax(dim=1)
 
     def parameters_for_people(self) -> dict[str, Any]:
         """What was measured on how many clean images."""
         return {
             "evidence": [f"{name}: {kind}" for name, kind in _EVIDENCE],
-            "scored": _SCORED,
+            "scored": [TRIPWIRE, BMP],
             "fitted_on": self.clean_images,
         }
+
+
+def _sources(reduced: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each encoder's features are predicted from."""
+    robust = torch.cat([reduced[name] for name in MPAE], dim=1)
+    return {TRIPWIRE: robust, BMP: robust, MPAE[0]: reduced[MPAE[1]], MPAE[1]: reduced[MPAE[0]]}
 
 
 class _Space(nn.Module):
@@ -179,23 +202,81 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return 1 - (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(dim=1)
 
 
-def _table(clean: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Knots, widths and slopes of -log p as a sum of clipped ramps.
+def _length(vectors: Tensor) -> Tensor:
+    """[N, d] -> [N]; the gradient at 0 is 0 and not undefined."""
+    return (vectors.square().sum(dim=1) + 1e-12).sqrt()
 
-    Levels finer than the sample can show are left out of the table's end by repeating the last knot with no width.
+
+def _whitening(vectors: NDArray[np.floating[Any]]) -> nn.Linear:
+    """The map after which differences [N, d] of clean images have length 1 in every direction; shrunk (Ledoit, Wolf 2004)."""
+    fitted = LedoitWolf().fit(vectors)
+    # The precision is L L^T, and x^T L L^T x is the squared length of L^T x. A jitter: features that never differ.
+    precision = np.linalg.inv(fitted.covariance_ + 1e-9 * np.eye(vectors.shape[1]))
+    root = np.asarray(np.linalg.cholesky((precision + precision.T) / 2).T, np.float64)
+    return _linear(root, -root @ fitted.location_)
+
+
+def _out_of_fold_lengths(vectors: NDArray[np.floating[Any]]) -> Tensor:
+    """Lengths [N] after a whitening that was fitted on the others: those of its own images would look too small."""
+    lengths = torch.zeros(len(vectors))
+    for rest, held in _FOLDS.split(vectors):
+        lengths[held] = _length(_whitening(vectors[rest])(torch.as_tensor(vectors[held], dtype=torch.float32)))
+    return lengths
+
+
+class _Table(nn.Module):
+    """An increasing, piecewise linear function for each column: constant below, and a straight line above.
+
+    A sum of clipped ramps, so that a graph needs no search.
     """
-    levels = np.array([level for level in _LEVELS if level * len(clean) >= 2] or _LEVELS[:1])
-    knots = np.concatenate([[clean.min()], np.quantile(clean, 1 - levels)])
-    values = np.concatenate([[0.0], -np.log(levels)])
-    knots = np.maximum.accumulate(knots + 1e-7 * np.arange(len(knots)))
-    widths = np.diff(knots)
-    slopes = np.diff(values) / np.maximum(widths, 1e-7)
-    # Exponential tail: the mean excess over the last quarter of the table (peaks over threshold with shape 0).
-    threshold = np.quantile(clean, 0.9)
-    excess = max(float(np.mean(clean[clean >= threshold] - threshold)), 1e-6)
-    padding = len(_LEVELS) - len(levels)
-    return (
-        np.concatenate([knots, np.repeat(knots[-1], padding)]),
-        np.concatenate([widths, [np.float32(1e9)], np.zeros(padding)]),
-        np.concatenate([slopes, [1 / excess], np.zeros(padding)]),
-    )
+
+    floor: Tensor
+    knots: Tensor
+    widths: Tensor
+    slopes: Tensor
+
+    def __init__(self, floor: float, columns: Sequence[tuple[NDArray[np.float64], ...]]) -> None:
+        super().__init__()
+        self.register_buffer("floor", torch.tensor(floor))
+        for name, values in zip(("knots", "widths", "slopes"), zip(*columns, strict=True), strict=True):
+            self.register_buffer(name, torch.tensor(np.stack(values), dtype=torch.float32))
+
+    @classmethod
+    def fit(
+        cls,
+        clean: NDArray[np.floating[Any]],
+        levels: NDArray[np.float64],
+        values: NDArray[np.float64],
+        tail: Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], float],
+    ) -> _Table:
+        """Clean values [N, K]: the quantile that a share `levels` of them exceeds is mapped to `values`."""
+        columns = []
+        for column in np.asarray(clean, dtype=np.float64).T:
+            knots = np.quantile(column, 1 - levels)
+            knots = np.maximum.accumulate(knots + 1e-7 * np.arange(len(knots)))
+            widths, rises = np.diff(knots), np.diff(values)
+            last = tail(column, levels, values, knots)
+            columns.append((knots, np.append(widths, 1e9), np.append(rises / np.maximum(widths, 1e-7), last)))
+        return cls(float(values[0]), columns)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[N, K] -> [N, K]."""
+        above = (values[:, :, None] - self.knots).clamp_min(0).minimum(self.widths)
+        return (above * self.slopes).sum(dim=2) + self.floor
+
+
+def _slope_of_the_last_quantiles(
+    _: NDArray[np.float64], levels: NDArray[np.float64], values: NDArray[np.float64], knots: NDArray[np.float64]
+) -> float:
+    first = int(np.argmax(levels <= max(_TAIL, levels[-1])))
+    first = min(first, len(knots) - 2) if len(knots) > 1 else 0
+    rise, run = values[-1] - values[first], knots[-1] - knots[first]
+    return float(rise / max(run, 1e-6)) if rise > 0 else 1.0
+
+
+def _slope_of_the_mean_excess(
+    clean: NDArray[np.float64], levels: NDArray[np.float64], values: NDArray[np.float64], knots: NDArray[np.float64]
+) -> float:
+    """An exponential tail: peaks over threshold with shape 0."""
+    threshold = np.quantile(clean, 1 - _TAIL)
+    return 1 / max(float(np.mean(clean[clean >= threshold] - threshold)), 1e-6)

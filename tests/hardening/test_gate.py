@@ -7,9 +7,9 @@ from PIL import Image, ImageFilter
 
 from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, embed
 from hardening.calibrate import Calibrated
-from hardening.detectors.consistency import BLUR
+from hardening.detectors.consistency import BLUR, ZOOM
 from hardening.encoders import as_input
-from hardening.gate import BLUR_SIGMA, Gate, needs_tripwire
+from hardening.gate import BLUR_SIGMA, Gate, Views, needs_tripwire
 from tests.support.patterns import patterns
 
 
@@ -30,6 +30,7 @@ def test_it_is_its_parts(toy_calibrated: Calibrated, pixels: torch.Tensor) -> No
     features = {name: gate.views.encoders[name](x) for name in (*BRANCHES, TRIPWIRE)}
     for name in (TRIPWIRE, BMP):
         features[name + BLUR] = gate.views.encoders[name](gate.views.blur(x))
+    features[TRIPWIRE + ZOOM] = gate.views.encoders[TRIPWIRE](gate.views.zoom(x))
     embedding, confidence, score = gate(pixels)
     centres = [gate.get_buffer(f"centre_{name}") for name in BRANCHES]
     assert torch.allclose(embedding, embed([features[name] for name in BRANCHES], centres), atol=1e-5)
@@ -75,7 +76,16 @@ def test_the_blur_is_gaussian_and_keeps_flat_pictures(toy_calibrated: Calibrated
     assert np.abs(ours - by_pillow)[2:-2, 2:-2].mean() < 2
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 48)])
+def test_the_zoom_is_the_stretched_middle(height: int, width: int) -> None:
+    views, images = Views({}, height, width), torch.rand(2, 3, height, width)
+    middle = images[:, :, height // 16 : -(height // 16), width // 16 : -(width // 16)]
+    expected = torch.nn.functional.interpolate(middle, size=(height, width), mode="bilinear", align_corners=False)
+    assert torch.allclose(views.zoom(images), expected, atol=1e-5)
+    assert not torch.allclose(views.zoom(images), images, atol=1e-2)
+
+
 def test_views_that_no_detector_wants_are_not_computed(toy_calibrated: Calibrated) -> None:
     gate = toy_calibrated.gate
-    assert len(gate.wanted) == len(set(gate.wanted)) == 6
+    assert len(gate.wanted) == len(set(gate.wanted)) == 7
     assert isinstance(gate, Gate)

@@ -35,7 +35,7 @@ def test_answers_as_onnx_runtime(model: bytes, pictures: NDArray[np.uint8]) -> N
     expected = session.run(list(OUTPUTS), {"images": pictures})
     found = run_uint8(Graph(model), pictures, OUTPUTS, batch=3)
     for name, want in zip(OUTPUTS, expected, strict=True):
-        np.testing.assert_allclose(found[name].numpy(), want, atol=1e-4)
+        np.testing.assert_allclose(found[name].numpy(), want, rtol=0, atol=1e-4 if name == "embedding" else 1e-3)
 
 
 def test_a_keyed_branch_answers_as_onnx_runtime(toy_calibrated: Calibrated, pictures: NDArray[np.uint8]) -> None:

@@ -145,7 +145,7 @@ def test_a_finished_job_is_loaded_and_methods_differ(tmp_path: Path) -> None:
 def test_supcon_needs_labels(tmp_path: Path) -> None:
     labels = LABELS.copy()
     labels[3] = -1
-    with pytest.raises(RecipeError, match="SupCon needs labelled images"):
+    with pytest.raises(RecipeError, match="supcon needs labelled images"):
         run("supcon", tmp_path, labels=labels)
 
 

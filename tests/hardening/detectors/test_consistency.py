@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE
-from hardening.detectors.consistency import BLUR, ConsistencyDetector
+from hardening.detectors.consistency import BLUR, ZOOM, ConsistencyDetector
 
 DIM = 12
-COLUMNS = 6
+EVIDENCE, COLUMNS = 8, 4
 
 
 def clean_features(n: int, seed: int) -> dict[str, Tensor]:
-    """Four encoders that see the same hidden scene, each in its own way, and their blurred views."""
+    """Four encoders that see the same hidden scene, each in its own way, and their blurred and zoomed views."""
     rng = torch.Generator().manual_seed(0)
     ways = {name: torch.randn(8, DIM, generator=rng) for name in (*BRANCHES, TRIPWIRE)}
     chance = torch.Generator().manual_seed(seed)
     scene = torch.randn(n, 8, generator=chance)
     found = {name: scene @ way + 0.3 * torch.randn(n, DIM, generator=chance) for name, way in ways.items()}
     for name in (TRIPWIRE, BMP):
-        found[name + BLUR] = found[name] + 0.3 * torch.randn(n, DIM, generator=chance)
+        for view in (BLUR, ZOOM):
+            found[name + view] = found[name] + 0.3 * torch.randn(n, DIM, generator=chance)
     return found
 
 
@@ -43,23 +44,27 @@ def test_p_values_of_fresh_clean_features_are_about_uniform(detector: Consistenc
 
 
 def test_it_is_monotone_and_has_no_ceiling(detector: ConsistencyDetector) -> None:
-    evidence = torch.linspace(0, 2, 2001)[:, None].expand(-1, COLUMNS)
-    surprise = detector.minus_log_p(evidence)
-    assert (surprise.diff(dim=0) >= 0).all()
-    for column in range(COLUMNS):
-        beyond = surprise[evidence[:, column] > detector.knots[column].max() + 0.01, column]
-        assert (beyond.diff() > 0).all()
+    start = detector.evidence(clean_features(1, 2))
+    for column in range(EVIDENCE):
+        evidence = start.repeat(2001, 1)
+        evidence[:, column] = torch.linspace(0, 40, 2001)
+        surprise = detector.minus_log_p(evidence)
+        assert (surprise.diff(dim=0) >= 0).all()
+        moved = surprise.diff(dim=0).abs().sum(dim=0) > 0
+        assert moved.sum() == 1, "an evidence speaks against one branch"
+        beyond = surprise[-500:, moved]
+        assert (beyond.diff(dim=0) > 0).all()
         assert beyond[-1] > -math.log(0.01)
 
 
-@pytest.mark.parametrize(("view", "column"), [(TRIPWIRE, 1), (BMP, 3), (MPAE[0], 4), (MPAE[1], 5)])
-def test_a_branch_that_leaves_the_others_loses_confidence(detector: ConsistencyDetector, view: str, column: int) -> None:
+@pytest.mark.parametrize("view", [TRIPWIRE, BMP, *MPAE])
+def test_a_branch_that_leaves_the_others_loses_confidence(detector: ConsistencyDetector, view: str) -> None:
     found = clean_features(300, 3)
     clean_confidence, clean_score = detector(found)
     moved = dict(found)
-    moved[view] = found[view].flip(0)  # what it says of another image
-    surprise = detector.minus_log_p(detector.evidence(moved))
-    assert surprise[:, column].median() > 4
+    for name in found:
+        if name.startswith(view):
+            moved[name] = found[name].flip(0)  # what it says of another image
     confidence, score = detector(moved)
     branch = detector.branches.index(view)
     assert clean_confidence[:, branch].median() > 0.3
@@ -86,10 +91,48 @@ def test_confidence_is_a_share_and_the_score_the_largest_surprise(detector: Cons
     assert confidence.min() >= 0
     assert confidence.max() <= 1
     surprise = detector.minus_log_p(detector.evidence(found))
-    assert torch.equal(score, surprise[:, :4].amax(1))
-    # Two evidences of the tripwire: Bonferroni.
-    expected = (2 * torch.exp(-surprise[:, :2].amax(1))).clamp(max=1)
-    assert torch.allclose(confidence[:, detector.branches.index(TRIPWIRE)], expected)
+    assert torch.equal(confidence, torch.exp(-surprise))
+    assert torch.equal(score, surprise[:, [detector.branches.index(TRIPWIRE), detector.branches.index(BMP)]].amax(1))
+
+
+def test_many_small_signs_add_up(detector: ConsistencyDetector) -> None:
+    """Each of the tripwire's four at a level that 5% of clean images exceed: seldom all at once."""
+    evidence = detector.evidence(clean_features(4000, 6))
+    usual = evidence.median(dim=0).values.expand(5, -1).clone()
+    own = range(4)
+    for row, column in enumerate(own):
+        usual[[row, 4], column] = evidence[:, column].quantile(0.95)
+    surprise = detector.minus_log_p(usual)[:, detector.branches.index(TRIPWIRE)]
+    assert surprise[4] > -math.log(0.01)
+    assert (surprise[:4] < -math.log(0.05)).all()
+
+
+def test_a_small_push_where_clean_features_never_go_is_seen() -> None:
+    """What whitening is for: the cosine does not notice it."""
+    rng = torch.Generator().manual_seed(0)
+    way, blind = torch.randn(8, DIM, generator=rng), torch.zeros(DIM)
+    blind[0] = 1
+    way[:, 0] = 0.2
+
+    def features(n: int, seed: int) -> dict[str, Tensor]:
+        chance = torch.Generator().manual_seed(seed)
+        scene = torch.randn(n, 8, generator=chance)
+        noise = torch.ones(DIM)
+        noise[0] = 0.02
+        found = {name: scene @ way + noise * torch.randn(n, DIM, generator=chance) for name in (*BRANCHES, TRIPWIRE)}
+        for name in (TRIPWIRE, BMP):
+            for view in (BLUR, ZOOM):
+                found[name + view] = found[name] + noise * torch.randn(n, DIM, generator=chance)
+        return found
+
+    detector, clean = ConsistencyDetector.fit(features(1500, 1)), features(400, 2)
+    before = detector.evidence(clean)
+    pushed = dict(clean) | {TRIPWIRE: clean[TRIPWIRE] + 0.15 * blind}
+    after = detector.evidence(pushed)
+    limit = before.quantile(0.95, dim=0)
+    share = (after > limit).float().mean(dim=0)
+    assert share[3] > 0.5, "whitened residual"
+    assert share[0] < 0.2, "blur shift by its angle"
 
 
 def test_an_image_is_judged_alone(detector: ConsistencyDetector) -> None:
