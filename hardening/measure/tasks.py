@@ -45,6 +45,7 @@ class Task:
     targets: NDArray[np.uint8]
     """[N, H, W, 3]: for each test image another class's test image, which a targeted attack imitates."""
     heads: dict[str, Head]
+    gallery_images: NDArray[np.uint8]
     gallery: dict[str, Tensor]
     """Values of the graph on the images that the heads were fitted on."""
     gallery_labels: NDArray[np.int64]
@@ -142,6 +143,7 @@ def load_task(
         labels=labels,
         targets=dataset.images[test][other],
         heads=heads,
+        gallery_images=dataset.images[fit],
         gallery=gallery,
         gallery_labels=fit_labels,
         own_images=dataset.images[own],
