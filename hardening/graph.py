@@ -8,6 +8,7 @@ answers against ONNX Runtime's, and its gradients against finite differences.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
@@ -127,8 +128,9 @@ class GraphEncoder(nn.Module):
     def trainable(self) -> GraphEncoder:
         """A copy for itself alone, of the same features, whose convolutions can be trained; what else it has stays.
 
-        Each filter is scaled to length 1, with its length as a gain: BatchNorm is folded into a bundle's convolutions, and
-        `ScaledConv2d` says why that must not reach Adam as small weights. (Weight normalisation: Salimans & Kingma 2016.)
+        A bundle's convolutions have BatchNorm folded in, and `ScaledConv2d` says why its gains must not reach Adam as small
+        weights. Which part of a filter was gain is not known any more, so each filter gets the length that it has when a
+        network is initialised (He et al. 2015), and the rest as its gain (weight normalisation: Salimans & Kingma 2016).
         """
         own = copy.deepcopy(self)
         graph = own._graph[0]
@@ -185,16 +187,16 @@ class _Step:
 
 
 def _scaled(conv: nn.Conv2d) -> ScaledConv2d:
-    """The same convolution as filters of length 1 and a BatchNorm that gives them back their length, folded."""
-    lengths = conv.weight.flatten(1).norm(dim=1).clamp_min(1e-12)
+    """The same convolution as filters of length sqrt(2) and a BatchNorm that gives them back their own, folded."""
+    gains = (conv.weight.flatten(1).norm(dim=1) / math.sqrt(2)).clamp_min(1e-12)
     norm = nn.BatchNorm2d(conv.out_channels, eps=0).to(conv.weight.device)
-    unit = copy.deepcopy(conv)
-    unit.bias = None
+    scaled = copy.deepcopy(conv)
+    scaled.bias = None
     with torch.no_grad():
-        unit.weight.div_(lengths.view(-1, 1, 1, 1))
-        norm.weight.copy_(lengths)
-        norm.bias.copy_(torch.zeros_like(lengths) if conv.bias is None else conv.bias)
-    return ScaledConv2d(unit, norm).to(conv.weight.device)
+        scaled.weight.div_(gains.view(-1, 1, 1, 1))
+        norm.weight.copy_(gains)
+        norm.bias.copy_(torch.zeros_like(gains) if conv.bias is None else conv.bias)
+    return ScaledConv2d(scaled, norm).to(conv.weight.device)
 
 
 def _padded(x: Any, attributes: dict[str, Any]) -> Tensor:

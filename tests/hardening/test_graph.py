@@ -80,7 +80,7 @@ def test_a_trainable_copy_answers_alike_and_learns_alone(model: bytes, pictures:
     filters = [value for name, value in parameters.items() if name.endswith(".weight")]
     assert filters
     for weight in filters:
-        torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.ones(len(weight)))
+        torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.full((len(weight),), 2**0.5))
     optimiser = torch.optim.SGD(parameters.values(), lr=0.1)
     copied(x).square().sum().backward()  # type: ignore[no-untyped-call]
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in parameters.values())
