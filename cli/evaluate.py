@@ -37,6 +37,13 @@ def evaluate(
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Other detectors on the same attacked images, BEYOND among them.")
     ] = False,
+    baselines: Annotated[
+        str,
+        typer.Option(
+            help="Other defences beside the bundle: pgd-at, trades, mart, gen-af; comma-separated, or `all`. Each is trained "
+            "from the public victim on the first task's images, by the budget of the bundle's recipe."
+        ),
+    ] = "none",
     surrogate: Annotated[
         str | None, typer.Option(help="A bundle made by the same recipe with another seed: the grey-box attacker's own.")
     ] = None,
@@ -52,12 +59,15 @@ def evaluate(
 
     - `twogate evaluate mine/1 --task cifar10=cifar10/ --adaptive all --surrogate mine/2`
 
+    - `twogate evaluate photos --task imagenette=images/ --out evaluation/ --baselines pgd-at,trades,mart,gen-af`
+
     - `twogate evaluate --out evaluation/`: the report again, from the records that are there
 
     Stop it when you like: the same command goes on where it stopped. The page's path is printed.
     """
     with needs("harden"):
         from hardening.measure import knowing, oblivious
+        from hardening.measure.baselines import BASELINES
         from hardening.measure.evaluate import evaluate as measure
     try:
         page = measure(
@@ -69,6 +79,7 @@ def evaluate(
             attacks=_names(attacks, oblivious.ATTACKS),
             adaptive=_names(adaptive, knowing.KNOWING),
             rivals=rivals,
+            baselines=_names(baselines, tuple(BASELINES)),
             epsilons=[_number(text) for text in epsilons.split(",")],
             seeds=[int(_number(text)) for text in seeds.split(",")],
             workers=workers,

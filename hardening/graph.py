@@ -7,6 +7,8 @@ answers against ONNX Runtime's, and its gradients against finite differences.
 
 from __future__ import annotations
 
+import copy
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hardening.branches import BRANCHES, TRIPWIRE
+from hardening.encoders import ScaledConv2d
 from model_store.errors import TwogateError
 
 OUTPUTS = ("embedding", "confidence", "score")
@@ -80,10 +83,10 @@ class Graph(nn.Module):
             raise GraphError(f"this graph shows no features of {branch!r}; it has {', '.join(self.feature_names)}")
         return GraphEncoder(self, self.feature_names[branch])
 
-    def to(self, *arguments: Any, **options: Any) -> Graph:
-        """Move constants too."""
-        super().to(*arguments, **options)
-        self.constants = {name: value.to(*arguments, **options) for name, value in self.constants.items()}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Graph:
+        """Constants move with the modules."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.constants = {name: fn(value) for name, value in self.constants.items()}
         return self
 
     def _needed(self, wanted: Iterable[str]) -> list[_Step]:
@@ -118,6 +121,29 @@ class GraphEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
         return self._graph[0](images, (self._value,))[self._value]  # type: ignore[no-any-return]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphEncoder:
+        self._graph[0]._apply(fn, recurse)
+        return self
+
+    def trainable(self) -> GraphEncoder:
+        """A copy for itself alone, of the same features, whose convolutions can be trained; what else it has stays.
+
+        A bundle's convolutions have BatchNorm folded in, and `ScaledConv2d` says why its gains must not reach Adam as small
+        weights. Which part of a filter was gain is not known any more, so each filter gets the length that it has when a
+        network is initialised (He et al. 2015), and the rest as its gain (weight normalisation: Salimans & Kingma 2016).
+        """
+        own = copy.deepcopy(self)
+        graph = own._graph[0]
+        graph.steps = graph._needed([own._value])
+        used = {name for step in graph.steps for name in step.inputs}
+        graph.constants = {name: value for name, value in graph.constants.items() if name in used}
+        own.convolutions = graph.convolutions = nn.ModuleList()
+        for step in graph.steps:
+            if step.module is not None:
+                step.module = _scaled(step.module)
+                own.convolutions.append(step.module)
+        return own
 
 
 class _Step:
@@ -159,6 +185,19 @@ class _Step:
         if bias is not None:
             self.module.bias = nn.Parameter(bias, requires_grad=False)
         return self.module
+
+
+def _scaled(conv: nn.Conv2d) -> ScaledConv2d:
+    """The same convolution as filters of length sqrt(2) and a BatchNorm that gives them back their own, folded."""
+    gains = (conv.weight.flatten(1).norm(dim=1) / math.sqrt(2)).clamp_min(1e-12)
+    norm = nn.BatchNorm2d(conv.out_channels, eps=0).to(conv.weight.device)
+    scaled = copy.deepcopy(conv)
+    scaled.bias = None
+    with torch.no_grad():
+        scaled.weight.div_(gains.view(-1, 1, 1, 1))
+        norm.weight.copy_(gains)
+        norm.bias.copy_(torch.zeros_like(gains) if conv.bias is None else conv.bias)
+    return ScaledConv2d(scaled, norm).to(conv.weight.device)
 
 
 def _padded(x: Any, attributes: dict[str, Any]) -> Tensor:

@@ -13,12 +13,13 @@ from hardening import provenance
 from hardening.branches import TRIPWIRE
 from hardening.data import prepare
 from hardening.graph import Graph
+from hardening.measure import baselines as others
 from hardening.measure import knowing, oblivious
 from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
 from hardening.measure.records import Origin, read
 from hardening.measure.render import write_report
 from hardening.measure.sizes import SIZES
-from hardening.measure.suite import Plan, craft_perturbations, measure_task
+from hardening.measure.suite import Plan, craft_perturbations, measure_task, train_defence
 from hardening.measure.tasks import read_images
 from hardening.memory import keep_freed_memory
 from hardening.progress import Bars
@@ -42,6 +43,7 @@ def evaluate(
     attacks: Sequence[str] = oblivious.ATTACKS,
     adaptive: Sequence[str] = (),
     rivals: bool = False,
+    baselines: Sequence[str] = (),
     epsilons: Sequence[float] = (8.0, 10.0),
     seeds: Sequence[int] = (0, 1, 2),
     workers: int = 1,
@@ -51,18 +53,22 @@ def evaluate(
 ) -> Path:
     """Measure bundles on labelled tasks (name -> folder) and write records and report to `out`; returns the report's page.
 
-    The first task's training images are the attacker's own too. Cells that are on disk are not measured again, so the same
-    call goes on where it stopped; other bundles or seeds into the same folder add up to one report.
+    The first task's training images are the attacker's own too, and what `baselines` (other defences) are trained on. Cells
+    that are on disk are not measured again, so the same call goes on where it stopped; other bundles or seeds into the same
+    folder add up to one report.
     """
     if size not in SIZES:
         raise EvaluationError(f"there is no size {size!r}; there are {', '.join(SIZES)}")
+    if baselines and not tasks:
+        raise EvaluationError("baselines are trained on the first task: --task NAME=DIR")
     if not tasks and bundles:
         raise EvaluationError("name at least one task: --task NAME=DIR")
     oblivious.check_names(tuple(attacks))
     knowing.check_names(tuple(adaptive))
+    others.check_names(tuple(baselines))
     keep_freed_memory()
     with bars or Bars() as shown:
-        crafting, measuring = [], []
+        crafting, training, measuring = [], [], []
         for place in bundles:
             bundle = load_bundle(place)
             if surrogate is not None and place.resolve() == surrogate.resolve():
@@ -75,6 +81,7 @@ def evaluate(
                 tuple(attacks),
                 tuple(adaptive),
                 rivals,
+                tuple(baselines),
                 tuple(epsilons),
                 tuple(seeds),
                 out,
@@ -83,14 +90,21 @@ def evaluate(
             )
             first, images = next(iter(tasks.items()))
             # Decoded here, before two processes would do it at a time.
-            read_images(images, bundle.manifest, out / "data" / first, shown)
+            dataset = read_images(images, bundle.manifest, out / "data" / first, shown)
+            if baselines:
+                if not dataset.labelled:
+                    raise EvaluationError(
+                        f"{images}: baselines are trained on the first task, which must be labelled: train/<class>/*"
+                    )
+                others.budget(bundle.manifest, size)  # refused here, before hours of crafting
             crafting += [
                 Job(f"{bundle.label} {name}", craft_perturbations, (plan, first, images, name))
                 for name in attacks
                 if name in UNIVERSAL
             ]
+            training += [Job(f"{bundle.label} {name}", train_defence, (plan, first, images, name)) for name in baselines]
             measuring += [Job(f"{bundle.label} on {name}", measure_task, (plan, name, root)) for name, root in tasks.items()]
-        run_jobs(crafting, workers, shown)
+        run_jobs(crafting + training, workers, shown)
         run_jobs(measuring, workers, shown)
         records = read(out / "records")
         if not records:

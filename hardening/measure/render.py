@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from hardening.files import write_atomically
+from hardening.measure.baselines import BASELINES
 from hardening.measure.oblivious import ATTACKS, NOISE, OBLIVIOUS
 from hardening.measure.records import CLEAN, Record, mean_and_spread
 from hardening.measure.rivals import FORWARDS
@@ -24,6 +25,14 @@ from matplotlib.axes import Axes
 
 _SHOWN = ("#2a6f97", "#c1121f", "#f4a261", "#6a994e", "#7b2cbf", "#8a8a8a", "#bc6c25", "#219ebc", "#ff006e", "#283618")
 _TARGET_RATIO, _TARGET_TPR = 0.9, {0.01: 0.95, 0.001: 0.8}
+_AVERAGE = "three branches, plain average"
+_FAMILIES = {
+    "PGD": ("pgd", "targeted"),
+    "UAP": ("uap",),
+    "AdvEncoder": ("per", "pat"),
+    "PAP": ("pap-base", "pap-fuse", "pap-ugs"),
+    "SSP": ("ssp",),
+}
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1d2733}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
@@ -43,6 +52,9 @@ class _Numbers:
         self.tasks = list(dict.fromkeys(r.task for r in self.records))
         self.attacks = sorted({r.attack for r in self.records if r.epsilon}, key=_order)
         self.epsilons = sorted({r.epsilon for r in self.records if r.epsilon})
+        subjects = {r.subject for r in self.records}
+        self.baselines = [system for system in BASELINES.values() if system in subjects]
+        self.systems = [*SYSTEMS, *self.baselines]
 
     def values(self, metric: str, subject: str, task: str, attack: str, epsilon: float = 0.0) -> list[float]:
         found = self._by.get((metric, subject, task, attack, epsilon), [])
@@ -104,6 +116,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     _origin(numbers, page)
     _accuracy(numbers, page)
     _persistence(numbers, page)
+    _defences(numbers, page)
     _detection(numbers, page)
     _rivals(numbers, page)
     _quiet(numbers, page)
@@ -137,7 +150,9 @@ def _origin(numbers: _Numbers, page: _Page) -> None:
 def _accuracy(numbers: _Numbers, page: _Page) -> None:
     page.heading(2, "Zero sacrifice: clean_acc of task heads, %")
     page.text(f"Target: {GUARDED} at least as good as the {UNDEFENDED} on every task.")
-    rows = [[system, *(numbers.cell("clean_acc", system, task, CLEAN) for task in numbers.tasks)] for system in SYSTEMS]
+    rows = [
+        [system, *(numbers.cell("clean_acc", system, task, CLEAN) for task in numbers.tasks)] for system in numbers.systems
+    ]
     verdict = []
     for task in numbers.tasks:
         ours, theirs = (numbers.values("clean_acc", s, task, CLEAN) for s in (GUARDED, UNDEFENDED))
@@ -154,15 +169,43 @@ def _persistence(numbers: _Numbers, page: _Page) -> None:
     page.text(f"Attacks made on the public victim alone. Target: at least {_TARGET_RATIO} for {GUARDED}, on every task.")
     for task in numbers.tasks:
         page.heading(3, task)
-        header = ["attack", "eps", *SYSTEMS, "target"]
+        header = ["attack", "eps", *numbers.systems, "target"]
         rows = []
         for attack in (a for a in numbers.attacks if a in ATTACKS):
             for epsilon in numbers.epsilons:
-                cells = [numbers.cell("robust/clean", system, task, attack, epsilon, scale=1) for system in SYSTEMS]
+                cells = [numbers.cell("robust/clean", system, task, attack, epsilon, scale=1) for system in numbers.systems]
                 ours = numbers.values("robust/clean", GUARDED, task, attack, epsilon)
                 if ours:
                     rows.append([attack, f"{epsilon:g}", *cells, _verdict(mean_and_spread(ours)[0], _TARGET_RATIO)])
         page.table(header, rows)
+
+
+def _defences(numbers: _Numbers, page: _Page) -> None:
+    page.heading(2, "Beside other defences: robust_acc by attack family, %")
+    if numbers.baselines:
+        page.text(
+            f"{', '.join(numbers.baselines)}: one encoder each, trained from the public victim on the first task's images, "
+            "by the budget of the bundle's recipe, and a head for each task."
+        )
+    page.text(f"Mean over a family's attacks and budgets. Target: {GUARDED} above every other column.")
+    beside = [_AVERAGE, *numbers.baselines]
+    rows = []
+    for task in numbers.tasks:
+        for family, attacks in _FAMILIES.items():
+            cells = [(a, e) for a in attacks for e in numbers.epsilons if numbers.values("robust_acc", GUARDED, task, a, e)]
+            found = {
+                system: [numbers.values("robust_acc", system, task, a, e) for a, e in cells] for system in [GUARDED, *beside]
+            }
+            # Means are compared over the same cells alone.
+            means = {s: np.mean([np.mean(v) for v in values]) for s, values in found.items() if cells and all(values)}
+            if GUARDED not in means:
+                continue
+            row = [f"{100 * means[s]:.1f}" if s in means else "-" for s in [GUARDED, *beside]]
+            best = max((s for s in beside if s in means), key=lambda s: means[s])
+            ahead = means[GUARDED] - means[best]
+            verdict = "met" if ahead > 0 else f"missed by {abs(100 * ahead):.1f} ({best})"
+            rows.append([task, family, *row, verdict if len(means) == len(found) else "-"])
+    page.table(["task", "attacks", GUARDED, *beside, "target"], rows)
 
 
 def _detection(numbers: _Numbers, page: _Page) -> None:

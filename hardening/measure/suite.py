@@ -24,13 +24,14 @@ from torch import Tensor
 from hardening.branches import TRIPWIRE
 from hardening.graph import Graph
 from hardening.knn import knn_predict
+from hardening.measure.baselines import Baseline, fit_baseline, train_baseline
 from hardening.measure.changes import honest_changes
 from hardening.measure.knowing import attack_knowing, target_of
 from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
 from hardening.measure.records import CLEAN, Origin, Record, once
 from hardening.measure.rivals import Rival, fit_rivals
 from hardening.measure.sizes import SIZES, Size
-from hardening.measure.tasks import GUARDED, UNDEFENDED, Task, attackers_images, graph_values, load_task
+from hardening.measure.tasks import GUARDED, UNDEFENDED, Task, attackers_images, graph_values, load_task, read_images
 from hardening.progress import Bars
 from model_store.bundle import Bundle, load_bundle
 from model_store.calibration import Calibration
@@ -55,6 +56,8 @@ class Plan:
     """Of the adaptive suite, by name."""
     rivals: bool
     """Whether other detectors judge the same attacked images."""
+    baselines: tuple[str, ...]
+    """Other defences, by name, trained from the same public victim."""
     epsilons: tuple[float, ...]
     seeds: tuple[int, ...]
     out: Path
@@ -80,6 +83,19 @@ def perturbation_file(plan: Plan, attack: str, epsilon: float, seed: int) -> Pat
     return plan.out / "perturbations" / f"{label}-{attack}-{epsilon:g}-{seed}.npz"
 
 
+def train_defence(plan: Plan, name: str, root: Path, baseline: str, *, bars: Bars) -> None:
+    """Train a baseline's encoder, once for all tasks, on the images in `root` that the bundle's were tuned on."""
+    bundle = load_bundle(plan.bundle)
+    dataset = read_images(root, bundle.manifest, plan.out / "data" / name, bars)
+    file = baseline_file(plan, baseline)
+    train_baseline(baseline, bundle, dataset, file, seed=plan.seeds[0], size=plan.size, device=plan.device, bars=bars)
+
+
+def baseline_file(plan: Plan, baseline: str) -> Path:
+    """Where a baseline's encoder is kept; the first seed is that of its training."""
+    return plan.out / "baselines" / f"{plan.origin.bundle.replace('/', '-')}-{baseline}-{plan.seeds[0]}.pt"
+
+
 def measure_task(plan: Plan, name: str, root: Path, *, bars: Bars) -> None:
     """Measure every cell of one task that is not on disk yet."""
     size = SIZES[plan.size]
@@ -99,6 +115,7 @@ def measure_task(plan: Plan, name: str, root: Path, *, bars: Bars) -> None:
             for attack, epsilon, seed in cells:
                 once(room.file(f"rivals {attack}", epsilon, seed), partial(room.rivals, rivals, attack, epsilon, seed))
                 progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
+    room.measure_baselines(cells)
     if not plan.knowing:
         return
     room.attack_knowing("white box", _Known(graph, bundle.manifest, task))
@@ -195,6 +212,40 @@ class _Room:
                 add(f"tpr@{budget:g}", value, len(score))
         return records
 
+    def measure_baselines(self, cells: list[tuple[str, float, int]]) -> None:
+        """Baseline defences under the same attacks on the public victim, each in files of its own."""
+        plan, task, trained = self.plan, self.task, self.plan.seeds[0]
+        every = [(CLEAN, 0.0, trained), *cells]
+        fitted = [
+            fit_baseline(name, baseline_file(plan, name), self.bundle, task, plan.device)
+            for name in plan.baselines
+            if not all(self.file(f"{name} {attack}", epsilon, seed).exists() for attack, epsilon, seed in every)
+        ]
+        if not fitted:
+            return
+        with self.bars.task(f"{task.name}: other defences", len(every)) as progress:
+            for attack, epsilon, seed in every:
+                missing = [b for b in fitted if not self.file(f"{b.name} {attack}", epsilon, seed).exists()]
+                images = task.images
+                if missing and attack != CLEAN:
+                    images = self.attacked(attack, epsilon, seed)
+                for baseline in missing:
+                    file = self.file(f"{baseline.name} {attack}", epsilon, seed)
+                    once(file, partial(self.baseline, baseline, attack, epsilon, seed, images))
+                progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
+
+    def baseline(self, baseline: Baseline, attack: str, epsilon: float, seed: int, images: NDArray[np.uint8]) -> list[Record]:
+        """A baseline's accuracy on the test images [N, H, W, 3], clean or attacked."""
+        labels, before = self.task.labels, baseline.before
+        if attack == CLEAN:
+            found = {"clean_acc": float((before == labels).mean())}
+        else:
+            found = under_attack(baseline.predict(images), before, labels)
+        return [
+            self.plan.origin.record(metric, baseline.system, self.task.name, attack, value, len(labels), epsilon, seed)
+            for metric, value in found.items()
+        ]
+
     def attack_knowing(self, box: str, known: _Known) -> None:
         """The adaptive suite, aimed at `known`; measured on the bundle itself."""
         plan = self.plan
@@ -233,11 +284,8 @@ class _Room:
             records.append(self.plan.origin.record(metric, subject, task.name, attack, value, n, epsilon, seed))
 
         for system, found in predicted.items():
-            add("robust_acc", system, float((found == labels).mean()))
-            add("fooling_rate", system, float((found != before[system]).mean()))
-            clean_acc = float((before[system] == labels).mean())
-            if clean_acc:
-                add("robust/clean", system, float((found == labels).mean()) / clean_acc)
+            for metric, value in under_attack(found, before[system], labels).items():
+                add(metric, system, value)
         for subject, quality in self.neighbours(values, chosen).items():
             for metric, value in quality.items():
                 add(metric, subject, value)
@@ -277,6 +325,13 @@ class _Room:
             recalled = (nearest == labels[:, None]).any(axis=1)
             found[subject] = {"knn_acc": float(right.mean()), f"recall@{_RECALL_AT}": float(recalled.mean())}
         return found
+
+
+def under_attack(found: NDArray[np.int64], before: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[str, float]:
+    """What an attack did to a system: classes [N] predicted of attacked images and, `before`, of clean ones; true [N]."""
+    robust, clean = float((found == labels).mean()), float((before == labels).mean())
+    rates = {"robust_acc": robust, "fooling_rate": float((found != before).mean())}
+    return {**rates, "robust/clean": robust / clean} if clean else rates
 
 
 def flagged(table: Calibration, score: NDArray[Any]) -> dict[float, float]:

@@ -51,6 +51,7 @@ class Task:
     """By encoder, each fitted alone on the encoder's own features."""
     served: tuple[Linear, ...]
     """The heads that `twogate head train` makes, on the embedding."""
+    gallery_images: NDArray[np.uint8]
     gallery: dict[str, Tensor]
     """Values of the graph on the images that the heads were fitted on."""
     gallery_labels: NDArray[np.int64]
@@ -159,6 +160,7 @@ def load_task(
         targets=dataset.images[test][other],
         heads=heads,
         served=tuple(served),
+        gallery_images=dataset.images[fit],
         gallery=gallery,
         gallery_labels=fit_labels,
         own_images=dataset.images[own],

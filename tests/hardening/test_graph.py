@@ -85,6 +85,33 @@ def test_an_encoder_holds_its_own_convolutions_only(model: bytes) -> None:
     assert 0 < len(set(seen)) == len(encoder.convolutions) < len(graph.convolutions)
 
 
+def test_a_trainable_copy_answers_alike_and_learns_alone(model: bytes, pictures: NDArray[np.uint8]) -> None:
+    graph = Graph(model)
+    x = as_input(pictures)
+    copied = graph.encoder(TRIPWIRE).trainable()
+    before = graph.encoder(TRIPWIRE)(x)
+    torch.testing.assert_close(copied(x), before, atol=1e-5, rtol=1e-4)
+    parameters = dict(copied.named_parameters())
+    filters = [value for name, value in parameters.items() if name.endswith(".weight")]
+    assert filters
+    for weight in filters:
+        torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.full((len(weight),), 2**0.5))
+    optimiser = torch.optim.SGD(parameters.values(), lr=0.1)
+    copied(x).square().sum().backward()  # type: ignore[no-untyped-call]
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in parameters.values())
+    optimiser.step()
+    assert (copied(x) - before).abs().max() > 1e-3
+    assert torch.equal(graph.encoder(TRIPWIRE)(x), before)
+
+
+def test_moving_a_graph_moves_its_constants(model: bytes) -> None:
+    graph = Graph(model).double()
+    assert {value.dtype for value in graph.constants.values() if value.is_floating_point()} == {torch.float64}
+    assert any(value.dtype == torch.int64 for value in graph.constants.values())
+    copied = Graph(model).encoder(TRIPWIRE).trainable().double()
+    assert copied(torch.zeros(1, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_unknown_operator_is_named() -> None:
     node = helper.make_node("NonZero", ["images"], ["score"])
     info = helper.make_tensor_value_info
