@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, Head, train_head
+from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, train_head
 from hardening.compact import round_weights
 from hardening.data import Dataset
 from hardening.detectors import ConsistencyDetector, Detector, PaperDetector
@@ -29,12 +29,10 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A gate ready for export, and the heads that evaluation reads its branches with."""
+    """A gate ready for export, and the table of its score."""
 
     gate: Gate
     calibration: Calibration
-    heads: dict[str, Head]
-    """By encoder, the tripwire included; empty without labels."""
 
 
 def assemble(victim: Encoder, tuned: Mapping[str, Encoder], sample: NDArray[np.uint8]) -> Views:
@@ -51,15 +49,13 @@ def assemble(victim: Encoder, tuned: Mapping[str, Encoder], sample: NDArray[np.u
 
 
 def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: Bars) -> Calibrated:
-    """Fit heads and detector on `fit`, then the score's table on `calibration`."""
+    """Fit the detector on `fit`, then the score's table on `calibration`."""
     images, labels = dataset.take("fit")
     features = collect(views, images, ConsistencyDetector.views, device, bars, "features for the detector")
-    names = (*BRANCHES, TRIPWIRE)
-    heads = {name: train_head(features[name], labels) for name in names} if dataset.labelled else {}
     if detector == "consistency":
         fitted: Detector = ConsistencyDetector.fit(features)
-    elif heads:
-        fitted = PaperDetector(heads)
+    elif dataset.labelled:
+        fitted = PaperDetector({name: train_head(features[name], labels) for name in BRANCHES})
     else:
         raise RecipeError("the detector `paper` reads classifier heads and needs labelled images, train/<class>/*")
     gate = Gate(views, {name: features[name].mean(dim=0) for name in BRANCHES}, fitted)
@@ -69,7 +65,7 @@ def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: 
     own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
     source = "the data's folder calibration/" if own else "held out of train/"
     table = Calibration(source=f"{len(clean)} clean images, {source}", scores=tuple(np.sort(score.astype(float))))
-    return Calibrated(gate, table, heads)
+    return Calibrated(gate, table)
 
 
 @torch.no_grad()

@@ -42,10 +42,14 @@ class GraphError(TwogateError):
 
 
 class Graph(nn.Module):
-    """See the module's text. Branch features and the tripwire's are found by the detector's own tensors."""
+    """See the module's text. Branch features and the tripwire's are found by the detector's own tensors.
 
-    def __init__(self, model: bytes) -> None:
+    `victim` is the public victim, images [N, 3, H, W] in [0, 1] -> features [N, d], for a graph that was shipped without it.
+    """
+
+    def __init__(self, model: bytes, victim: nn.Module | None = None) -> None:
         super().__init__()
+        self.victim = victim
         proto = onnx.load_from_string(model)
         self.constants: dict[str, Tensor] = {
             tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in proto.graph.initializer
@@ -63,7 +67,7 @@ class Graph(nn.Module):
             self.steps.append(step)
         self.requires_grad_(False)
         self._plans: dict[tuple[str, ...], list[_Step]] = {}
-        self.feature_names = self._find_features()
+        self.feature_names = self._find_features() if victim is None else {**self._find_features(), TRIPWIRE: TRIPWIRE}
 
     def forward(self, images: Tensor, wanted: Sequence[str] = OUTPUTS) -> dict[str, Tensor]:
         """Images [N, 3, H, W] in [0, 1] -> the wanted values of the graph by name; runs only what they need."""
@@ -71,14 +75,18 @@ class Graph(nn.Module):
         if key not in self._plans:
             self._plans[key] = self._needed(key)
         values: dict[str, Tensor] = {"images": (images * 255).permute(0, 2, 3, 1)}
+        if self.victim is not None and TRIPWIRE in key:
+            values[TRIPWIRE] = self.victim(images)
         constants = self.constants
         for step in self._plans[key]:
             arguments = [(values[n] if n in values else constants[n]) if n else None for n in step.inputs]
             values.update(zip(step.outputs, step(arguments), strict=False))
         return {name: values[name] for name in wanted}
 
-    def encoder(self, branch: str) -> GraphEncoder:
+    def encoder(self, branch: str) -> nn.Module:
         """One branch's encoder, or the tripwire's (the public victim), as a module of its own."""
+        if self.victim is not None and branch == TRIPWIRE:
+            return self.victim
         if branch not in self.feature_names:
             raise GraphError(f"this graph shows no features of {branch!r}; it has {', '.join(self.feature_names)}")
         return GraphEncoder(self, self.feature_names[branch])

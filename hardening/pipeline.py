@@ -1,6 +1,6 @@
 """`twogate harden`: from a recipe and a folder of images to a bundle, stage by stage.
 
-data → encoders (public weights or pre-training) → fine-tuning → assembly → calibration → evaluation → export → publication.
+data → encoders (public weights or pre-training) → fine-tuning → assembly → calibration → export → measuring → publication.
 Every stage leaves its result in the run directory, written beside and renamed; a run that was killed goes on where it was.
 """
 
@@ -13,43 +13,43 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hardening import data, encoders
 from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE
 from hardening.calibrate import Calibrated, assemble, calibrate
+from hardening.card import write_card
+from hardening.detectors import PaperDetector
 from hardening.encoders import Encoder
-from hardening.evaluate import Evaluation, Record, evaluate
 from hardening.export import check_parity, export, golden
 from hardening.files import load_tensors, save_tensors, write_atomically
 from hardening.finetune import finetune
+from hardening.measure.oblivious import UNIVERSAL, check_names
+from hardening.measure.records import Origin, Record, read
+from hardening.measure.rivals import PAPER
+from hardening.measure.sizes import SIZES
+from hardening.measure.suite import Plan, craft_perturbations, measure_task
 from hardening.memory import keep_freed_memory
 from hardening.pretrain import pretrain
 from hardening.progress import Bars
 from hardening.provenance import commit
 from hardening.recipe import Recipe, load_recipe
-from hardening.report import write_report
 from hardening.workers import Job, run_jobs
-from model_store.bundle import verify_bundle
+from model_store.bundle import Bundle, load_bundle, verify_bundle
 from model_store.errors import TwogateError
 from model_store.manifest import MODEL_FILE, Branch, Detector, Manifest
-from model_store.store import publishing
+from model_store.store import publishing, resolve, versions
 
 ROLES = ("auxiliary", "victim", "bmp")
 _LIBRARIES = ("torch", "timm", "lightly", "scikit-learn", "onnx", "onnxruntime", "numpy", "pillow")
 _USUAL_BUDGET = 0.01
-_LIMITS = """\
-- Assume that an attacker who has the defence's weights, and aims at score and embedding together, evades it. That attack
-  has not been measured here.
-- Everything above was attacked on the undefended public victim, without knowledge of the defence, and at one budget.
-- The thresholds hold for images like those of the calibration. Other domains, strong blur or heavy editing raise false
-  alarms: compare the table above, and calibrate on your own images.
-- The verdict says whether an image looks like an attack on the encoder. It is no filter for content, and no malware scan."""
+_SIZE = "small"
+"""How hard the attacks of the card try; `twogate evaluate` has others."""
 
 
 class RunError(TwogateError):
@@ -66,6 +66,7 @@ def harden(
     say what to do.
     """
     recipe = load_recipe(recipe_path)
+    check_names(recipe.evaluate.attacks)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -89,16 +90,38 @@ def harden(
 def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, bars: Bars) -> Path:
     dataset = data.prepare(data_root, recipe.pixels, recipe.splits, recipe.splits.seed, run / "data", bars)
     bars.say(f"data: {', '.join(f'{len(indices)} {name}' for name, indices in dataset.splits.items() if len(indices))}")
+    staged = run / "staged"
+    if not versions(staged, recipe.name):
+        _stage(recipe, data_root, dataset, staged, run, device, bars)
+    bundle = load_bundle(resolve(staged, recipe.name))
+    records = _measured(bundle, recipe, dataset, run, device, bars)
+    with publishing(store, recipe.name) as publication:
+        (publication.path / MODEL_FILE).write_bytes(bundle.model)
+        write_card(publication.path, bundle.manifest, records)
+        place = publication.seal(bundle.manifest)
+    for line in verify_bundle(place):
+        bars.say(f"verified {line}")
+    bars.say(f"published {place}")
+    calibration = bundle.manifest.calibration
+    smallest = calibration.smallest_budget
+    if smallest > _USUAL_BUDGET:
+        bars.say(
+            f"its {calibration.n} calibration images support no max_fpr below {smallest:.2g}, and serving asks for "
+            f"{_USUAL_BUDGET:g}: serve it with --max-fpr 0.05 or so, or bring more clean images"
+        )
+    return place
+
+
+def _stage(recipe: Recipe, data_root: Path, dataset: data.Dataset, staged: Path, run: Path, device: str, bars: Bars) -> None:
+    """Make the bundle without its card, in a store of the run's own: what is measured is the file that will ship."""
     workers = min(len(ROLES), os.cpu_count() or 1) if device == "cpu" else 1
     jobs = [Job(role, _train_job, (recipe, data_root, role, run, device)) for role in ROLES]
     if not all((run / "encoders" / f"finetune {role}.pt").exists() for role in ROLES):
         run_jobs(jobs, workers, bars)
-    public = public_encoder(recipe, dataset, "victim", run, device, bars)
     tuned = {role: train_encoder(recipe, dataset, role, run, device, bars) for role in ROLES}
     sample = dataset.images[dataset.splits["fit"][:8]]
     views = assemble(public_encoder(recipe, dataset, "victim", run, device, bars), tuned, sample)
     calibrated = calibrate(views, dataset, recipe.detector, device, bars)
-    evaluation = _evaluated(calibrated, public, dataset, recipe, run, device, bars)
     bars.say("export to ONNX")
     gate = calibrated.gate.to("cpu")
     model = export(gate, dataset.images[dataset.splits["fit"][:2]])
@@ -130,20 +153,9 @@ def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, b
             "parity": parity,
         },
     )
-    with publishing(store, recipe.name) as publication:
+    with publishing(staged, recipe.name) as publication:
         (publication.path / MODEL_FILE).write_bytes(model)
-        write_report(publication.path, evaluation, _card(recipe, dataset, manifest, model))
-        place = publication.seal(manifest)
-    for line in verify_bundle(place):
-        bars.say(f"verified {line}")
-    bars.say(f"published {place}")
-    smallest = manifest.calibration.smallest_budget
-    if smallest > _USUAL_BUDGET:
-        bars.say(
-            f"its {manifest.calibration.n} calibration images support no max_fpr below {smallest:.2g}, and serving asks for "
-            f"{_USUAL_BUDGET:g}: serve it with --max-fpr 0.05 or so, or bring more clean images"
-        )
-    return place
+        publication.seal(manifest)
 
 
 def train_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, device: str, bars: Bars) -> Encoder:
@@ -202,22 +214,33 @@ def _train_job(recipe: Recipe, data_root: Path, role: str, run: Path, device: st
     train_encoder(recipe, dataset, role, run, device, bars)
 
 
-def _evaluated(
-    calibrated: Calibrated, public: Encoder, dataset: data.Dataset, recipe: Recipe, run: Path, device: str, bars: Bars
-) -> Evaluation:
-    """Evaluate, or load an evaluation that an earlier call finished."""
-    file = run / "evaluation.npz"
-    if file.exists():
-        with np.load(file) as saved:
-            content = json.loads(str(saved["json"]))
-            scores = {name.removeprefix("score "): saved[name] for name in saved.files if name.startswith("score ")}
-        return Evaluation(tuple(Record(**record) for record in content["records"]), scores, content["settings"])
-    evaluation = evaluate(calibrated, public, dataset, recipe.evaluate, recipe.seed, device, bars)
-    beside = run / ".evaluation.partial.npz"
-    arrays: dict[str, Any] = {f"score {name}": score for name, score in evaluation.scores.items()}
-    np.savez(beside, json=json.dumps(evaluation.as_json()), **arrays)
-    beside.replace(file)
-    return evaluation
+def _measured(bundle: Bundle, recipe: Recipe, dataset: data.Dataset, run: Path, device: str, bars: Bars) -> list[Record]:
+    """Attack the staged bundle's public victim on the recipe's own test split; what is on disk is not measured again."""
+    wanted = recipe.evaluate
+    paper = bundle.manifest.detector.name == PaperDetector.name
+    plan = Plan(
+        bundle=bundle.path,
+        surrogate=None,
+        # All images that the recipe keeps for it, not a sample, fit the heads.
+        size=replace(SIZES[_SIZE], images=wanted.images, fit=len(dataset.images)),
+        attacks=wanted.attacks,
+        knowing=(),
+        rivals=() if paper or not dataset.labelled else (PAPER,),
+        baselines=(),
+        epsilons=(wanted.epsilon,),
+        seeds=(recipe.seed,),
+        out=run / "evaluation",
+        # The digest of a manifest covers these records too, so they name the graph instead.
+        origin=Origin(recipe.name, bundle.model_sha256, _SIZE, "twogate harden", commit()),
+        device=device,
+    )
+    # The paper's detector needs no tripwire, so its graph has none.
+    victim = public_encoder(recipe, dataset, "victim", run, device, bars) if paper else None
+    for attack in wanted.attacks:
+        if attack in UNIVERSAL:
+            craft_perturbations(plan, "test", dataset, attack, victim, bars=bars)
+    measure_task(plan, "test", dataset, victim, bars=bars)
+    return read(plan.out / "records")
 
 
 def _branches(recipe: Recipe, calibrated: Calibrated, tuned: dict[str, Encoder]) -> tuple[Branch, ...]:
@@ -250,39 +273,6 @@ def _training_seconds(run: Path) -> dict[str, int]:
         job: round(sum(record["seconds"] for record in history))
         for job, history in histories.items()
         if all("seconds" in record for record in history)
-    }
-
-
-def _card(recipe: Recipe, dataset: data.Dataset, manifest: Manifest, model: bytes) -> dict[str, Any]:
-    rule, calibration = recipe.pixels, manifest.calibration
-    facts = [
-        ["input", f"{rule.width} x {rule.height} pixels, RGB, whole picture resized ({rule.resample})"],
-        ["embedding", f"{manifest.embedding_dim} values, unit length; compare with a dot product"],
-        *([branch.name, branch.description] for branch in manifest.branches),
-        ["detector", f"{manifest.detector.name}: {manifest.detector.description}"],
-        ["calibration", f"{calibration.source}; smallest max_fpr {calibration.smallest_budget:.2g}"],
-        ["licence of the data", recipe.data_licence],
-        ["licence of the weights", recipe.weights_licence],
-        ["size", f"{len(model) / 2**20:.1f} MiB, weights stored in 8 bits"],
-    ]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    provenance = manifest.provenance
-    spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in provenance["seconds"].items()) or "nothing to train"
-    making = (
-        f"`twogate harden` with the recipe below, seed {recipe.seed}, commit {provenance['commit']}, on "
-        f"{provenance['cores']} cores ({provenance['device']}): {spent} (wall clock; side by side where there are cores). "
-        "Images: "
-        + ", ".join(f"{len(indices)} {name}" for name, indices in dataset.splits.items() if len(indices))
-        + f"; sha256 {dataset.digest[:16]}….\n\nONNX against torch on real images, largest difference: "
-        + ", ".join(f"{name} {value:.1e}" for name, value in provenance["parity"].items())
-        + f".\n\n```json\n{json.dumps(provenance['recipe'], indent=1)}\n```"
-    )
-    return {
-        "name": recipe.name,
-        "description": recipe.description,
-        "facts": "| | |\n| --- | --- |\n" + rows,
-        "limits": _LIMITS,
-        "making": making,
     }
 
 

@@ -1,9 +1,9 @@
 """Self-supervised pre-training on local images with lightly: for the BMP branch, and for users without a checkpoint.
 
 SimCLR (Chen et al. 2020), MoCo v2+ (He et al. 2020; Chen et al. 2020), NNCLR (Dwibedi et al. 2021), BYOL (Grill et al. 2020),
-SwAV (Caron et al. 2020), Barlow Twins (Zbontar et al. 2021), VICReg (Bardes et al. 2022), and where
-labels exist SupCon (Khosla et al. 2020) or plain cross-entropy (`supervised`). Losses, projectors and augmentations are lightly's; two views an image, no small
-crops.
+SwAV (Caron et al. 2020), Barlow Twins (Zbontar et al. 2021), VICReg (Bardes et al. 2022), and where labels exist SupCon
+(Khosla et al. 2020) or plain cross-entropy (`supervised`). Losses, projectors and augmentations are lightly's; two views an
+image, no small crops.
 """
 
 from __future__ import annotations

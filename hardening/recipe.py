@@ -107,14 +107,11 @@ class Finetune(_Part):
 
 
 class Evaluate(_Part):
-    """What is measured on `test/`, and how strong the attacks are."""
+    """What the card says of the bundle on `test/`: the words, and how hard attacks try, are those of `twogate evaluate`."""
 
-    images: int = Field(default=1000, ge=20, description="test images, drawn with the seed")
+    images: int = Field(default=1000, ge=20, description="test images at most")
     epsilon: float = Field(default=10.0, gt=0, le=64, description="L-infinity budget, in 1/255")
-    pgd_steps: int = Field(default=20, ge=1)
-    pgd_restarts: int = Field(default=2, ge=1)
-    uap_epochs: int = Field(default=5, ge=1)
-    neighbours: int = Field(default=20, ge=1)
+    attacks: tuple[str, ...] = Field(default=("noise", "pgd", "uap"), min_length=1, description="on the public victim")
 
 
 class Recipe(_Part):

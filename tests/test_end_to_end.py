@@ -30,6 +30,7 @@ from hardening.attacks.features import pgd_features
 from hardening.calibrate import assemble, calibrate
 from hardening.encoders import Encoder
 from hardening.gate import Gate
+from hardening.measure.records import Record, read
 from hardening.progress import Bars
 from hardening.recipe import load_recipe
 from model_store.bundle import load_bundle
@@ -38,7 +39,7 @@ from tests.conftest import REPOSITORY
 from tests.support.toy_images import write_digits
 
 RECIPE = REPOSITORY / "recipes" / "smoke.yaml"
-ATTACKS = ("PGD on features", "universal perturbation")
+ATTACKS = ("pgd", "uap")
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,14 @@ def rebuilt(run: Run) -> tuple[Gate, Encoder, data.Dataset]:
 
 
 @pytest.fixture(scope="module")
-def records(run: Run) -> list[dict[str, Any]]:
-    content = json.loads((run.bundle / "report" / "metrics.json").read_text(encoding="utf-8"))
-    return list(content["records"])
+def records(run: Run) -> list[Record]:
+    return read(run.bundle / "report")
 
 
-def value(records: list[dict[str, Any]], metric: str, subject: str, condition: str) -> float:
-    (found,) = [r["value"] for r in records if (r["metric"], r["subject"], r["condition"]) == (metric, subject, condition)]
-    return float(found)
+def value(records: list[Record], metric: str, subject: str, attack: str) -> float:
+    (found,) = [r.value for r in records if (r.metric, r.subject, r.attack) == (metric, subject, attack)]
+    assert isinstance(found, float)
+    return found
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
@@ -132,7 +133,7 @@ def test_the_command_prints_the_bundle(run: Run) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_hardening_helps_against_attacks_on_the_public_victim(records: list[dict[str, Any]], attack: str) -> None:
+def test_hardening_helps_against_attacks_on_the_public_victim(records: list[Record], attack: str) -> None:
     undefended = value(records, "robust_acc", "undefended victim", attack)
     # The attack is real: it costs the undefended victim much of what it knows.
     assert undefended < value(records, "clean_acc", "undefended victim", "clean") - 0.2
@@ -143,10 +144,10 @@ def test_hardening_helps_against_attacks_on_the_public_victim(records: list[dict
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_attacked_images_score_higher(records: list[dict[str, Any]], attack: str) -> None:
-    assert value(records, "auroc", "consistency", attack) > 0.8
-    assert value(records, "tpr@0.05", "consistency", attack) > 0.4
-    assert value(records, "fpr@0.05", "consistency", "clean") < 0.15
+def test_attacked_images_score_higher(records: list[Record], attack: str) -> None:
+    assert value(records, "auroc", "detector", attack) > 0.8
+    assert value(records, "tpr@0.05", "bundle's calibration", attack) > 0.4
+    assert value(records, "fpr@0.05", "bundle's calibration", "clean") < 0.15
 
 
 def test_rest_onnxruntime_and_torch_give_one_answer(run: Run, url: str, rebuilt: tuple[Gate, Encoder, data.Dataset]) -> None:

@@ -18,6 +18,7 @@ from hardening.measure import knowing, oblivious
 from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
 from hardening.measure.records import Origin, read
 from hardening.measure.render import write_report
+from hardening.measure.rivals import RIVALS
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, craft_perturbations, measure_task, train_defence
 from hardening.measure.tasks import read_images
@@ -51,7 +52,7 @@ def evaluate(
     command: Sequence[str] = (),
     bars: Bars | None = None,
 ) -> Path:
-    """Measure bundles on labelled tasks (name -> folder) and write records and report to `out`; returns the report's page.
+    """Measure bundles on tasks (name -> folder) and write records and report to `out`; returns the report's page.
 
     The first task's training images are the attacker's own too, and what `baselines` (other defences) are trained on. Cells
     that are on disk are not measured again, so the same call goes on where it stopped; other bundles or seeds into the same
@@ -77,10 +78,10 @@ def evaluate(
             plan = Plan(
                 place,
                 surrogate,
-                size,
+                SIZES[size],
                 tuple(attacks),
                 tuple(adaptive),
-                rivals,
+                RIVALS if rivals else (),
                 tuple(baselines),
                 tuple(epsilons),
                 tuple(seeds),

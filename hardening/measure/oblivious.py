@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from hardening.attacks.advencoder import Patch, apply_patch, pat, per
 from hardening.attacks.features import apply_universal, pgd_features, uap_features
 from hardening.attacks.pap import pap
 from hardening.attacks.ssp import ssp
 from hardening.attacks.targeted import targeted_features
-from hardening.graph import GraphEncoder
 from hardening.measure.sizes import Size
 from hardening.progress import Bars
 from model_store.errors import TwogateError
@@ -39,7 +39,7 @@ def check_names(names: tuple[str, ...]) -> None:
 
 def craft_universal(
     name: str,
-    victim: GraphEncoder,
+    victim: nn.Module,
     surrogate: NDArray[np.uint8],
     epsilon: float,
     seed: int,
@@ -83,7 +83,7 @@ def load_universal(file: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8
 
 def craft(
     name: str,
-    victim: GraphEncoder,
+    victim: nn.Module,
     images: NDArray[np.uint8],
     targets: NDArray[np.uint8],
     epsilon: float,

@@ -34,7 +34,7 @@ class Record:
     images: int
     bundle: str = ""
     digest: str = ""
-    """The manifest's digest: which bundle it really was."""
+    """The manifest's: which bundle it really was. In records that are part of a bundle, the sha256 of its graph."""
     size: str = ""
     command: str = ""
     commit: str = ""

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,6 +18,8 @@ from hardening.measure.baselines import BASELINES
 from hardening.measure.oblivious import ATTACKS, NOISE, OBLIVIOUS
 from hardening.measure.records import CLEAN, Record, mean_and_spread
 from hardening.measure.rivals import FORWARDS
+from hardening.measure.sizes import SIZES
+from hardening.measure.suite import BUDGETS, NEIGHBOURS, RETURNED
 from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED
 
 mpl.use("Agg")
@@ -335,26 +338,6 @@ def _plots(numbers: _Numbers, page: _Page) -> None:
         if not clean or not attacked:
             continue
 
-        def roc(axes: Axes, clean: list[float] = clean, attacked: dict[str, list[float]] = attacked) -> None:
-            for colour, (name, scores) in zip(_SHOWN, attacked.items(), strict=False):
-                truth = np.repeat([0, 1], [len(clean), len(scores)])
-                fpr, tpr, _ = roc_curve(truth, np.concatenate([clean, scores]))
-                axes.plot(np.maximum(fpr, 1e-4), tpr, color=colour, label=name)
-            axes.set_xscale("log")
-            axes.set_xlim(1e-3, 1)
-            axes.set_ylim(0, 1.01)
-            axes.set_xlabel("false-positive rate on clean test images")
-            axes.set_ylabel("attacked images flagged")
-
-        def histogram(axes: Axes, clean: list[float] = clean, attacked: dict[str, list[float]] = attacked) -> None:
-            high = float(np.quantile(np.concatenate([clean, *attacked.values()]), 0.95))
-            bins = np.linspace(0, max(high, 1e-6), 50).tolist()
-            shown = {CLEAN: clean, **attacked}
-            for colour, (name, scores) in zip(_SHOWN, shown.items(), strict=False):
-                axes.hist(np.clip(scores, 0, bins[-1]), bins=bins, density=True, histtype="step", color=colour, label=name)
-            axes.set_xlabel("score (the last bin holds the rest)")
-            axes.set_ylabel("density")
-
         def curve(axes: Axes, task: str = task) -> None:
             names = [a for a in numbers.attacks if a in ATTACKS and a != NOISE]
             for colour, name in zip(_SHOWN, names, strict=False):
@@ -369,9 +352,97 @@ def _plots(numbers: _Numbers, page: _Page) -> None:
             axes.set_ylim(0, 100)
 
         title = f"{task}, eps {epsilon:g}/255"
+        roc, histogram = partial(_roc, clean, attacked), partial(_histogram, clean, attacked)
         page.picture(f"roc-{task}.png", _plot(roc, f"ROC: {title}"), f"ROC: {title}")
         page.picture(f"scores-{task}.png", _plot(histogram, f"Scores: {title}"), f"Scores: {title}")
-        page.picture(f"epsilon-{task}.png", _plot(curve, f"Budget and accuracy: {task}"), f"Budget and accuracy: {task}")
+        if numbers.values("clean_acc", GUARDED, task, CLEAN):
+            page.picture(f"epsilon-{task}.png", _plot(curve, f"Budget and accuracy: {task}"), f"Budget and accuracy: {task}")
+
+
+def card_sections(records: Sequence[Record], folder: Path, detector: str) -> str:
+    """What a bundle's card shows of the only task and budget in `records`, as Markdown; the plots go into `folder`/report.
+
+    `detector` is the name of the bundle's own.
+    """
+    numbers, page = _Numbers(records), _Page(folder)
+    (task,), (epsilon,) = numbers.tasks, numbers.epsilons
+    conditions = [(CLEAN, 0.0), *((attack, epsilon) for attack in numbers.attacks)]
+    columns = [(metric, attack) for attack in numbers.attacks for metric in ("robust_acc", "fooling_rate")]
+    attacks = [attack for attack in numbers.attacks if attack != NOISE]
+    size, images = SIZES[records[0].size], next(r.images for r in records if r.metric == "scores")
+    budgets = [b for b in BUDGETS if numbers.values(f"fpr@{b:g}", "bundle's calibration", task, CLEAN)]
+    systems = [system for system in SYSTEMS if numbers.values("clean_acc", system, task, CLEAN)]
+
+    page.heading(2, "What was measured")
+    said = {
+        NOISE: "random signs",
+        "pgd": f"away from an image's own features, {size.pgd_steps} steps, best of {size.restarts} random starts",
+        "uap": f"one perturbation for all images, {size.uap_epochs} epochs over at most {size.surrogate} tuning images",
+    }
+    page.text(
+        f"{images} test images; eps {epsilon:g}/255, L-infinity, made on the undefended public victim, clipped and rounded "
+        "to 8 bits. " + "; ".join(f"{attack}: {said[attack]}" for attack in numbers.attacks if attack in said)
+    )
+    if systems:
+        page.heading(2, "Accuracy of task heads, %")
+        rows = [
+            [system, numbers.cell("clean_acc", system, task, CLEAN)]
+            + [numbers.cell(metric, system, task, attack, epsilon) for metric, attack in columns]
+            for system in systems
+        ]
+        page.table(["task head on", "clean_acc", *(f"{metric}, {attack}" for metric, attack in columns)], rows)
+        page.heading(2, f"Embedding: accuracy of the {NEIGHBOURS} nearest neighbours, %")
+        rows = [[s, *(numbers.cell("knn_acc", s, task, a, e) for a, e in conditions)] for s in (UNDEFENDED, RETURNED)]
+        page.table(["embedding", *(a for a, _ in conditions)], rows)
+
+    page.heading(2, "Detection")
+    page.text("The thresholds were fixed on the calibration images before any attack was run.")
+    rows = []
+    for subject in dict.fromkeys(r.subject for r in records if r.metric == "auroc"):
+        name, table = (detector, "bundle's calibration") if subject == "detector" else (subject, subject)
+        for attack in attacks:
+            found = [numbers.cell(f"tpr@{b:g}", table, task, attack, epsilon) for b in budgets]
+            rows.append([name, attack, numbers.cell("auroc", subject, task, attack, epsilon, scale=1), *found])
+    page.table(["detector", "attack", "AUROC", *(f"flagged at max_fpr {b:g}, %" for b in budgets)], rows)
+    clean = numbers.lists("scores", task, CLEAN)
+    scores = {attack: numbers.lists("scores", task, attack, epsilon) for attack in numbers.attacks}
+    page.picture("report/scores.png", _plot(partial(_histogram, clean, scores), "Scores of test images"), "scores")
+    scores.pop(NOISE, None)
+    page.picture("report/roc.png", _plot(partial(_roc, clean, scores), "Attacks on the public victim"), "ROC")
+
+    page.heading(2, "False alarms, %")
+    page.text(f"Clean test images, as they are and after honest changes (made at the input's size). Detector: {detector}.")
+    changes = dict.fromkeys(r.attack for r in records if r.metric.startswith("fpr@"))
+    rows = [
+        [c.removeprefix("change: "), *(numbers.cell(f"fpr@{b:g}", "bundle's calibration", task, c) for b in budgets)]
+        for c in changes
+    ]
+    page.table(["images", *(f"flagged at max_fpr {b:g}" for b in budgets)], rows)
+    return "\n\n".join(page.markdown)
+
+
+def _roc(clean: list[float], attacked: dict[str, list[float]], axes: Axes) -> None:
+    for colour, (name, scores) in zip(_SHOWN, attacked.items(), strict=False):
+        truth = np.repeat([0, 1], [len(clean), len(scores)])
+        fpr, tpr, _ = roc_curve(truth, np.concatenate([clean, scores]))
+        axes.plot(np.maximum(fpr, 1e-4), tpr, color=colour, label=name)
+    diagonal = np.logspace(-4, 0, 50)
+    axes.plot(diagonal, diagonal, color="#bbbbbb", linewidth=1, label="coin")
+    axes.set_xscale("log")
+    axes.set_xlim(1e-3, 1)
+    axes.set_ylim(0, 1.01)
+    axes.set_xlabel("false-positive rate on clean test images")
+    axes.set_ylabel("attacked images flagged")
+
+
+def _histogram(clean: list[float], attacked: dict[str, list[float]], axes: Axes) -> None:
+    every = np.concatenate([clean, *attacked.values()])
+    bins = np.linspace(every.min(), max(np.quantile(every, 0.95), every.min() + 1e-6), 50).tolist()
+    shown = {CLEAN: clean, **attacked}
+    for colour, (name, scores) in zip(_SHOWN, shown.items(), strict=False):
+        axes.hist(np.clip(scores, bins[0], bins[-1]), bins=bins, density=True, histtype="step", color=colour, label=name)
+    axes.set_xlabel("score, higher is more suspicious (the last bin holds the rest)")
+    axes.set_ylabel("density")
 
 
 def _plot(draw: Callable[[Axes], None], title: str) -> bytes:

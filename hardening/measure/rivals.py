@@ -9,23 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hardening import encoders
 from hardening.branches import TRIPWIRE
 from hardening.detectors.baselines import Beyond, BranchDivergence, Mahalanobis, Neighbours, PaperReading, Squeezing
-from hardening.graph import GraphEncoder
 from hardening.measure.tasks import Task
 from model_store.calibration import Calibration
 
 Score = Callable[[NDArray[np.uint8], Mapping[str, Tensor]], NDArray[np.float64]]
 """Images [N, H, W, 3] and the graph's values on them -> [N], higher = more suspicious."""
+PAPER = "paper, S1"
+"""The paper's rule, literally."""
 FORWARDS = {"feature squeezing": 3, "BEYOND": 51}
 """Encoder passes of the victim; the others read the features that are there."""
+_READINGS: tuple[Literal["S1", "S2", "S3", "S4", "S5"], ...] = ("S1", "S2", "S3", "S4", "S5")
+RIVALS = (*(f"paper, {r}" for r in _READINGS), "branch divergence", "Mahalanobis", "nearest neighbours", *FORWARDS)
 _CLEAN = 1000
 """Calibration images at most: BEYOND takes 51 passes for each."""
 
@@ -41,8 +44,10 @@ class Rival:
     """Of the clean test images."""
 
 
-def fit_rivals(task: Task, before: Mapping[str, Tensor], victim: GraphEncoder, device: str) -> list[Rival]:
-    """Fit all on the task's clean images; tables from its calibration images, which nothing was fitted on.
+def fit_rivals(
+    task: Task, before: Mapping[str, Tensor], victim: nn.Module, device: str, names: tuple[str, ...] = RIVALS
+) -> list[Rival]:
+    """Fit detectors on the task's clean images; tables from its calibration images, which nothing was fitted on.
 
     `before` holds the graph's values on the clean test images.
     """
@@ -50,24 +55,20 @@ def fit_rivals(task: Task, before: Mapping[str, Tensor], victim: GraphEncoder, d
     def features(images: NDArray[np.uint8]) -> Tensor:
         return encoders.features(victim, images, batch_size=256, device=device)
 
-    head = task.heads[TRIPWIRE]
-    readings = [PaperReading(reading).fit(task.gallery, task.heads) for reading in ("S1", "S2", "S3", "S4", "S5")]
-    by_values: dict[str, Any] = {
-        **{f"paper, {reading.reading}": reading for reading in readings},
-        "branch divergence": BranchDivergence().fit(task.gallery, task.heads),
-        "Mahalanobis": Mahalanobis().fit(task.gallery, task.gallery_labels),
-        "nearest neighbours": Neighbours().fit(task.gallery),
-    }
-    by_images: dict[str, Any] = {
-        "feature squeezing": Squeezing(lambda images: head(features(images))),
-        "BEYOND": Beyond(features, head).fit(task.own_images[1:_CLEAN:2]),
+    makers: dict[str, Callable[[], Any]] = {
+        **{f"paper, {r}": partial(PaperReading(r).fit, task.gallery, task.heads) for r in _READINGS},
+        "branch divergence": partial(BranchDivergence().fit, task.gallery, task.heads),
+        "Mahalanobis": partial(Mahalanobis().fit, task.gallery, task.gallery_labels),
+        "nearest neighbours": partial(Neighbours().fit, task.gallery),
+        "feature squeezing": lambda: Squeezing(lambda images: task.heads[TRIPWIRE](features(images))),
+        "BEYOND": lambda: Beyond(features, task.heads[TRIPWIRE]).fit(task.own_images[1:_CLEAN:2]),
     }
     scores: dict[str, Score] = {
-        **{name: partial(_of_values, detector) for name, detector in by_values.items()},
-        **{name: partial(_of_images, detector) for name, detector in by_images.items()},
+        name: partial(_of_images if name in FORWARDS else _of_values, makers[name]()) for name in names
     }
     # BEYOND ranks among clean images: every other one is kept from it for the table.
-    images, values = task.own_images[:_CLEAN:2], {name: value[:_CLEAN:2] for name, value in task.own_values.items()}
+    step = 2 if "BEYOND" in names else 1
+    images, values = task.own_images[:_CLEAN:step], {name: v[:_CLEAN:step] for name, v in task.own_values.items()}
     return [
         Rival(
             name,

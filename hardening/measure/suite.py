@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from hardening.branches import TRIPWIRE
 from hardening.graph import Graph
@@ -30,16 +30,27 @@ from hardening.measure.knowing import attack_knowing, target_of
 from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
 from hardening.measure.records import CLEAN, Origin, Record, once
 from hardening.measure.rivals import Rival, fit_rivals
-from hardening.measure.sizes import SIZES, Size
-from hardening.measure.tasks import GUARDED, UNDEFENDED, Task, attackers_images, graph_values, load_task, read_images
+from hardening.measure.sizes import Size
+from hardening.measure.tasks import (
+    GUARDED,
+    UNDEFENDED,
+    Images,
+    Task,
+    attackers_images,
+    graph_values,
+    load_task,
+    read_images,
+)
 from hardening.progress import Bars
+from hardening.recipe import RecipeError
 from model_store.bundle import Bundle, load_bundle
 from model_store.calibration import Calibration
 from model_store.manifest import Manifest
 
 BUDGETS = (0.001, 0.01, 0.05)
 RETURNED = "returned embedding"
-_NEIGHBOURS, _RECALL_AT = 20, 10
+NEIGHBOURS = 20
+_RECALL_AT = 10
 _EXAMPLES = 4
 
 
@@ -50,12 +61,12 @@ class Plan:
     bundle: Path
     surrogate: Path | None
     """Another run's bundle, as a grey-box attacker would train it; None leaves the grey box out."""
-    size: str
+    size: Size
     attacks: tuple[str, ...]
     knowing: tuple[str, ...]
     """Of the adaptive suite, by name."""
-    rivals: bool
-    """Whether other detectors judge the same attacked images."""
+    rivals: tuple[str, ...]
+    """Other detectors that judge the same attacked images, by name."""
     baselines: tuple[str, ...]
     """Other defences, by name, trained from the same public victim."""
     epsilons: tuple[float, ...]
@@ -65,11 +76,16 @@ class Plan:
     device: str
 
 
-def craft_perturbations(plan: Plan, name: str, root: Path, attack: str, *, bars: Bars) -> None:
-    """Make a universal attack's perturbations, once for all tasks, from the attacker's images in `root`."""
+def craft_perturbations(
+    plan: Plan, name: str, root: Images, attack: str, victim: nn.Module | None = None, *, bars: Bars
+) -> None:
+    """Make a universal attack's perturbations, once for all tasks, from the attacker's images in `root`.
+
+    `victim` is needed where the bundle has no tripwire.
+    """
     bundle = load_bundle(plan.bundle)
-    size = SIZES[plan.size]
-    victim = Graph(bundle.model).to(plan.device).encoder(TRIPWIRE)
+    size = plan.size
+    victim = Graph(bundle.model, victim).to(plan.device).encoder(TRIPWIRE)
     images = attackers_images(root, bundle.manifest, size.surrogate, plan.out / "data" / name, bars)
     for epsilon in plan.epsilons:
         for seed in plan.seeds:
@@ -88,7 +104,7 @@ def train_defence(plan: Plan, name: str, root: Path, baseline: str, *, bars: Bar
     bundle = load_bundle(plan.bundle)
     dataset = read_images(root, bundle.manifest, plan.out / "data" / name, bars)
     file = baseline_file(plan, baseline)
-    train_baseline(baseline, bundle, dataset, file, seed=plan.seeds[0], size=plan.size, device=plan.device, bars=bars)
+    train_baseline(baseline, bundle, dataset, file, seed=plan.seeds[0], size=plan.origin.size, device=plan.device, bars=bars)
 
 
 def baseline_file(plan: Plan, baseline: str) -> Path:
@@ -96,25 +112,27 @@ def baseline_file(plan: Plan, baseline: str) -> Path:
     return plan.out / "baselines" / f"{plan.origin.bundle.replace('/', '-')}-{baseline}-{plan.seeds[0]}.pt"
 
 
-def measure_task(plan: Plan, name: str, root: Path, *, bars: Bars) -> None:
-    """Measure every cell of one task that is not on disk yet."""
-    size = SIZES[plan.size]
+def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None = None, *, bars: Bars) -> None:
+    """Measure every cell of one task that is not on disk yet; `victim` is needed where the bundle has no tripwire.
+
+    RecipeError where the images have no classes and something is asked for that reads classifier heads.
+    """
+    size = plan.size
     bundle = load_bundle(plan.bundle)
-    graph = Graph(bundle.model).to(plan.device)
+    graph = Graph(bundle.model, victim).to(plan.device)
     task = load_task(name, root, graph, bundle.manifest, size, plan.out / "data" / name, plan.device, bars)
+    if not task.heads and (plan.knowing or plan.rivals):
+        raise RecipeError(f"{name}: adaptive attacks and other detectors need labelled images, train/<class>/*")
     room = _Room(plan, size, bundle, graph, task, bars)
     once(room.file(CLEAN), room.clean)
     cells = [(a, e, s) for a in plan.attacks for e in plan.epsilons for s in plan.seeds]
+    rivals = fit_rivals(task, room.before, room.victim, plan.device, plan.rivals)
     with bars.task(f"{name}: attacks on the public victim", len(cells)) as progress:
         for attack, epsilon, seed in cells:
             once(room.file(attack, epsilon, seed), partial(room.oblivious, attack, epsilon, seed))
-            progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
-    if plan.rivals:
-        rivals = fit_rivals(task, room.before, room.victim, plan.device)
-        with bars.task(f"{name}: other detectors", len(cells)) as progress:
-            for attack, epsilon, seed in cells:
+            if rivals:
                 once(room.file(f"rivals {attack}", epsilon, seed), partial(room.rivals, rivals, attack, epsilon, seed))
-                progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
+            progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
     room.measure_baselines(cells)
     if not plan.knowing:
         return
@@ -145,7 +163,8 @@ class _Room:
     def __init__(self, plan: Plan, size: Size, bundle: Bundle, graph: Graph, task: Task, bars: Bars) -> None:
         self.plan, self.size, self.bundle, self.graph, self.task, self.bars = plan, size, bundle, graph, task, bars
         self.manifest = bundle.manifest
-        self.label = bundle.label.replace("/", "-")
+        self.label = plan.origin.bundle.replace("/", "-")
+        self._attacked: dict[tuple[str, float, int], NDArray[np.uint8]] = {}
         self.before = self.values(task.images, "clean test images")
         self.predicted = task.predictions(self.before, self.manifest)
         self.victim = graph.encoder(TRIPWIRE)
@@ -190,10 +209,15 @@ class _Room:
 
     def attacked(self, attack: str, epsilon: float, seed: int) -> NDArray[np.uint8]:
         """The test images [N, H, W, 3] under an attack on the public victim."""
-        plan, task = self.plan, self.task
+        plan, task, key = self.plan, self.task, (attack, epsilon, seed)
         if attack in UNIVERSAL:
-            return load_universal(perturbation_file(plan, attack, epsilon, seed))(task.images)
-        return craft(attack, self.victim, task.images, task.targets, epsilon, seed, self.size, plan.device, self.bars)
+            return load_universal(perturbation_file(plan, *key))(task.images)
+        if key not in self._attacked:
+            # The last one alone is kept, for the other detectors.
+            self._attacked = {
+                key: craft(attack, self.victim, task.images, task.targets, epsilon, seed, self.size, plan.device, self.bars)
+            }
+        return self._attacked[key]
 
     def rivals(self, rivals: list[Rival], attack: str, epsilon: float, seed: int) -> list[Record]:
         """What other detectors make of the same attacked images."""
@@ -294,7 +318,7 @@ class _Room:
         add("auroc", "detector", float(roc_auc_score(truth, np.concatenate([clean_score, score]))), len(truth))
         add("scores", "detector", [round(float(s), 4) for s in score])
         fooled = predicted[UNDEFENDED] != before[UNDEFENDED] if UNDEFENDED in predicted else np.zeros(len(labels), bool)
-        broken = (before[GUARDED] == labels) & (predicted[GUARDED] != labels)
+        right = before[GUARDED] == labels if task.heads else np.zeros(len(labels), bool)
         for name, table in {"bundle's calibration": self.manifest.calibration, "recalibrated": task.own_calibration}.items():
             p = table.p_value(score)
             for budget in BUDGETS:
@@ -304,14 +328,16 @@ class _Room:
                 if fooled.any():
                     add(f"tpr_fooled@{budget:g}", name, float((p[fooled] <= budget).mean()), int(fooled.sum()))
                 # SR@N of Bryniarski et al. 2021: of the images that were right, those now wrong and not flagged.
-                right = int((before[GUARDED] == labels).sum())
-                if right:
-                    add(f"success@{budget:g}", name, float((broken & (p > budget)).sum() / right), right)
+                if right.any():
+                    broken = right & (predicted[GUARDED] != labels) & (p > budget)
+                    add(f"success@{budget:g}", name, float(broken.sum() / right.sum()), int(right.sum()))
         return records
 
     def neighbours(self, values: Mapping[str, Tensor], chosen: slice = slice(None)) -> dict[str, dict[str, float]]:
         """kNN accuracy and recall@10 against the clean gallery; the victim's features are centred there too."""
         task, labels = self.task, self.task.labels[chosen]
+        if not task.heads:
+            return {}
         centre = task.gallery[TRIPWIRE].mean(dim=0)
         pairs = {
             RETURNED: (task.gallery["embedding"], values["embedding"]),
@@ -319,7 +345,7 @@ class _Room:
         }
         found = {}
         for subject, (gallery, queries) in pairs.items():
-            right = knn_predict(gallery, task.gallery_labels, queries, _NEIGHBOURS) == labels
+            right = knn_predict(gallery, task.gallery_labels, queries, NEIGHBOURS) == labels
             similar = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(gallery, dim=1).T
             nearest = task.gallery_labels[similar.topk(min(_RECALL_AT, len(gallery)), dim=1).indices.numpy()]
             recalled = (nearest == labels[:, None]).any(axis=1)

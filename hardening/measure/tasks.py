@@ -34,6 +34,8 @@ SYSTEMS = (
     "three branches, guarded RFDM",
     GUARDED,
 )
+Images = Path | data.Dataset
+"""A task's folder, or its images in the splits of the very run that made the bundle."""
 _UNSEEN = Splits(local=0.15, validation=0.08, fit=0.47, calibration=0.3)
 
 
@@ -46,9 +48,9 @@ class Task:
     """[N, H, W, 3], of `test/`."""
     labels: NDArray[np.int64]
     targets: NDArray[np.uint8]
-    """[N, H, W, 3]: for each test image another class's test image, which a targeted attack imitates."""
+    """[N, H, W, 3]: for each test image another one, of another class, which a targeted attack imitates."""
     heads: dict[str, Head]
-    """By encoder, each fitted alone on the encoder's own features."""
+    """By encoder, each fitted alone on the encoder's own features; empty where the images have no classes."""
     served: tuple[Linear, ...]
     """The heads that `twogate head train` makes, on the embedding."""
     gallery_images: NDArray[np.uint8]
@@ -62,7 +64,9 @@ class Task:
     """The score's table on this task's clean images: what `twogate recalibrate` would write."""
 
     def predictions(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, NDArray[np.int64]]:
-        """Predicted classes [N] by system."""
+        """Predicted classes [N] by system; none without heads."""
+        if not self.heads:
+            return {}
         return {name: logits.argmax(dim=1).numpy() for name, logits in self.system_logits(values, manifest).items()}
 
     def system_logits(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
@@ -106,11 +110,13 @@ def graph_values(graph: Graph, images: NDArray[np.uint8], device: str, bars: Bar
     return {**{branch: found[value] for branch, value in by_branch.items()}, **{n: found[n] for n in wanted[-3:]}}
 
 
-def read_images(root: Path, manifest: Manifest, into: Path, bars: Bars) -> data.Dataset:
+def read_images(root: Images, manifest: Manifest, into: Path, bars: Bars) -> data.Dataset:
     """A task's folder, decoded by the bundle's pixel rule, in splits whose `fit` and `calibration` no encoder was tuned on.
 
     Where it is the very data that the bundle was made from, those are the recipe's own splits.
     """
+    if isinstance(root, data.Dataset):
+        return root
     dataset = data.prepare(root, manifest.pixels, _UNSEEN, _UNSEEN.seed, into / "unseen", bars)
     if dataset.digest != manifest.provenance.get("data", {}).get("sha256"):
         return dataset
@@ -118,7 +124,7 @@ def read_images(root: Path, manifest: Manifest, into: Path, bars: Bars) -> data.
     return data.prepare(root, manifest.pixels, splits, splits.seed, into / "tuned", bars)
 
 
-def attackers_images(root: Path, manifest: Manifest, most: int, into: Path, bars: Bars) -> NDArray[np.uint8]:
+def attackers_images(root: Images, manifest: Manifest, most: int, into: Path, bars: Bars) -> NDArray[np.uint8]:
     """Images [M, H, W, 3] for universal perturbations: of `train/`, and none that is tested on."""
     dataset = read_images(root, manifest, into, bars)
     pool = np.concatenate([dataset.splits["local"], dataset.splits["validation"]])
@@ -126,15 +132,13 @@ def attackers_images(root: Path, manifest: Manifest, most: int, into: Path, bars
 
 
 def load_task(
-    name: str, root: Path, graph: Graph, manifest: Manifest, size: Size, into: Path, device: str, bars: Bars
+    name: str, root: Images, graph: Graph, manifest: Manifest, size: Size, into: Path, device: str, bars: Bars
 ) -> Task:
     """Read a task's folder (train/<class>/*, test/<class>/*) and fit its heads on clean images that no encoder was tuned on.
 
-    RecipeError where the images have no classes.
+    Images without classes get no heads: what the detector makes of them can be measured all the same.
     """
     dataset = read_images(root, manifest, into, bars)
-    if not dataset.labelled:
-        raise RecipeError(f"{root}: heads need labelled images, train/<class>/*")
     rng = np.random.default_rng(0)
 
     def some(split: str, most: int) -> NDArray[np.int64]:
@@ -145,14 +149,19 @@ def load_task(
     gallery = graph_values(graph, dataset.images[fit], device, bars, f"{name}: clean features")
     fit_labels, labels = dataset.labels[fit], dataset.labels[test]
     present = np.unique(fit_labels)
-    if len(present) < len(dataset.classes):
+    if dataset.labelled and len(present) < len(dataset.classes):
         raise RecipeError(
             f"{name}: {size.fit} images hold not all of its {len(dataset.classes)} classes; use a larger --size"
         )
-    heads = {branch: train_head(gallery[branch], fit_labels) for branch in graph.feature_names}
-    served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes), "guarded")
+    heads: dict[str, Head] = {}
+    served: list[Linear] = []
+    if dataset.labelled:
+        heads = {branch: train_head(gallery[branch], fit_labels) for branch in graph.feature_names}
+        served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes), "guarded")
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
-    other = np.array([rng.choice(np.flatnonzero(labels != label)) for label in labels])
+    other = np.roll(np.arange(len(test)), 1)
+    if len(np.unique(labels)) > 1:
+        other = np.array([rng.choice(np.flatnonzero(labels != label)) for label in labels])
     return Task(
         name=name,
         images=dataset.images[test],

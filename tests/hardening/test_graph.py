@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from hardening.branches import BMP, BRANCHES, TRIPWIRE
-from hardening.calibrate import Calibrated
+from hardening.calibrate import Calibrated, calibrate
 from hardening.data import Dataset
 from hardening.encoders import Encoder, as_input, draw_key
 from hardening.export import check_parity, export
 from hardening.graph import OUTPUTS, Graph, GraphError, run_uint8
+from tests.hardening.conftest import QuietBars
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,23 @@ def test_an_encoder_holds_its_own_convolutions_only(model: bytes) -> None:
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda module, *_: seen.append(module))
     encoder(torch.zeros(1, 3, 16, 16))
-    assert 0 < len(set(seen)) == len(encoder.convolutions) < len(graph.convolutions)
+    convolutions = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert 0 < len(set(seen)) == len(convolutions) < len(graph.convolutions)
+
+
+def test_a_victim_from_outside_stands_in_for_the_tripwire(
+    toy_calibrated: Calibrated, toy_dataset: Dataset, toy_encoder: Encoder, pictures: NDArray[np.uint8]
+) -> None:
+    """As with the paper's detector, whose graph has none."""
+    paper = calibrate(toy_calibrated.gate.views, toy_dataset, "paper", "cpu", QuietBars())
+    model = export(copy.deepcopy(paper.gate), pictures[:2])
+    assert set(Graph(model).feature_names) == set(BRANCHES)
+    graph = Graph(model, toy_encoder)
+    assert graph.encoder(TRIPWIRE) is toy_encoder
+    x = as_input(pictures).requires_grad_()
+    found = graph(x, [graph.feature_names[TRIPWIRE], "score"])
+    torch.testing.assert_close(found[TRIPWIRE], toy_encoder(x))
+    torch.testing.assert_close(found["score"], Graph(model)(x, ["score"])["score"])
 
 
 def test_a_trainable_copy_answers_alike_and_learns_alone(model: bytes, pictures: NDArray[np.uint8]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import signal
 import subprocess
@@ -21,12 +20,16 @@ from torch import Tensor
 
 from hardening import data, pipeline
 from hardening.files import load_tensors
+from hardening.measure import suite
+from hardening.measure.oblivious import AttackError
+from hardening.measure.records import read
+from hardening.measure.suite import Plan
 from hardening.pipeline import RunError, harden
 from hardening.recipe import load_recipe
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.store import versions
 from tests.conftest import REPOSITORY
-from tests.hardening.conftest import QuietBars
+from tests.hardening.conftest import Interrupted, QuietBars
 from tests.support.patterns import patterns, write_patterns, write_pictures
 
 
@@ -44,7 +47,7 @@ def write_recipe(path: Path, *, labelled: bool = True, **changes: Any) -> Path:
         "bmp": encoder("barlowtwins", "local"),
         "finetune": {"epochs": 3, "batch_size": 16, "steps": 1, "flip": False},
         "bmp_finetune": {"epochs": 1, "batch_size": 16, "epsilon": 0},
-        "evaluate": {"images": 20, "pgd_steps": 1, "pgd_restarts": 1, "uap_epochs": 1, "neighbours": 3},
+        "evaluate": {"images": 20},
     }
     path.write_text(yaml.safe_dump({**content, **changes}), encoding="utf-8")
     return path
@@ -180,8 +183,76 @@ def test_the_manifest_and_the_card_tell_the_run(killed: Killed) -> None:
         assert text in card
     for file in (killed.bundle / "manifest.json", killed.bundle / "card.md"):
         assert str(killed.root.parent) not in file.read_text(encoding="utf-8")
-    records = json.loads((killed.bundle / "report" / "metrics.json").read_text())["records"]
-    assert {record["metric"] for record in records} >= {"clean_acc", "robust_acc", "fooling_rate", "knn_acc", "auroc"}
+    records = read(killed.bundle / "report")
+    assert {record.metric for record in records} >= {"clean_acc", "robust_acc", "fooling_rate", "knn_acc", "auroc"}
+    assert {record.attack for record in records} >= {"clean", "noise", "pgd", "uap"}
+    assert {record.images for record in records if record.metric == "clean_acc"} == {20}
+    # The records name the very graph that ships.
+    assert {record.digest for record in records} == {manifest.files["model.onnx"]}
+    assert "| paper, S1 | pgd |" in card
+
+
+def test_no_image_of_the_data_ships(killed: Killed) -> None:
+    pictures = [p.name for p in killed.bundle.rglob("*") if p.suffix in (".png", ".npy", ".npz")]
+    assert sorted(pictures) == ["roc.png", "scores.png"]
+
+
+def test_only_images_that_nothing_was_tuned_on_are_measured(killed: Killed, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def measured(plan: Plan, name: str, dataset: data.Dataset, victim: object, *, bars: QuietBars) -> None:
+        given.append((plan, dataset))
+
+    monkeypatch.setattr(pipeline, "measure_task", measured)
+    recipe = load_recipe(killed.recipe)
+    dataset = data.prepare(killed.root, recipe.pixels, recipe.splits, 0, killed.run / "data", QuietBars())
+    bundle = load_bundle(killed.run / "staged" / "tiny" / "1")
+    pipeline._measured(bundle, recipe, dataset, killed.run, "cpu", QuietBars())
+    ((plan, found),) = given
+    # The very splits of the tuning, so that its test images are none that were tuned on, and all of `fit` for the heads.
+    assert found is dataset
+    assert plan.size.fit >= len(dataset.splits["fit"])
+    assert load_bundle(plan.bundle).model == load_bundle(killed.bundle).model
+
+
+def test_a_run_killed_while_it_measures_goes_on_there(
+    killed: Killed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store, crafted = tmp_path / "run", tmp_path / "store", []
+    for name in ("encoders", "data", "staged"):
+        shutil.copytree(killed.run / name, run / name)
+    craft = suite.craft
+
+    def interrupted(name: str, *arguments: Any) -> Any:
+        crafted.append(name)
+        if name == "pgd" and len(crafted) < 3:
+            raise Interrupted
+        return craft(name, *arguments)
+
+    monkeypatch.setattr(suite, "craft", interrupted)
+    # What is staged is not made again.
+    monkeypatch.setattr(pipeline, "_stage", None)
+    with pytest.raises(Interrupted):
+        again(killed, run=run, store=store)
+    assert not store.exists()
+    cells = {file: file.stat().st_mtime_ns for file in (run / "evaluation" / "records").rglob("*.jsonl")}
+    assert cells
+    bundle = again(killed, run=run, store=store)
+    assert crafted == ["noise", "pgd", "pgd"]
+    assert cells.items() <= {f: f.stat().st_mtime_ns for f in (run / "evaluation" / "records").rglob("*.jsonl")}.items()
+    assert verify_bundle(bundle)
+
+    def numbers(bundle: Path) -> dict[tuple[str, str, str], Any]:
+        return {(r.metric, r.subject, r.attack): r.value for r in read(bundle / "report")}
+
+    assert numbers(bundle) == numbers(killed.bundle)
+
+
+def test_an_unknown_attack_is_refused_before_anything_is_done(killed: Killed, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", evaluate={"attacks": ["pdg"]})
+    with pytest.raises(AttackError, match="pgd"):
+        again(killed, recipe_path=recipe, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_papers_detector_goes_all_the_way(killed: Killed, tmp_path: Path) -> None:
@@ -197,7 +268,11 @@ def test_the_papers_detector_goes_all_the_way(killed: Killed, tmp_path: Path) ->
     # The tripwire is not needed, so it is not shipped.
     assert [branch.name for branch in manifest.branches] == ["mpae_victim", "mpae_auxiliary", "bmp"]
     assert (bundle / "model.onnx").stat().st_size < (killed.bundle / "model.onnx").stat().st_size
-    assert "paper" in (bundle / "card.md").read_text(encoding="utf-8")
+    card = (bundle / "card.md").read_text(encoding="utf-8")
+    assert "| paper | pgd |" in card
+    # Its own rule is not shown twice, and the victim that is not shipped is attacked and compared with all the same.
+    assert "paper, S1" not in card
+    assert "| undefended victim |" in card
 
 
 def test_pictures_without_labels_go_all_the_way(tmp_path: Path) -> None:
@@ -215,3 +290,4 @@ def test_pictures_without_labels_go_all_the_way(tmp_path: Path) -> None:
     card = (bundle / "card.md").read_text(encoding="utf-8")
     assert "## Detection" in card
     assert "Accuracy of task heads" not in card
+    assert {record.metric.split("@")[0] for record in read(bundle / "report")} == {"auroc", "tpr", "fpr", "scores"}

@@ -52,7 +52,7 @@ def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
     [
         ({"seeds": 1}, "seeds", "seed"),
         ({"finetune": {"epsilom": 4}}, "finetune.epsilom", "epsilon"),
-        ({"evaluate": {"pgd_step": 4}}, "evaluate.pgd_step", "pgd_steps"),
+        ({"evaluate": {"attack": ["pgd"]}}, "evaluate.attack", "attacks"),
         ({"pixels": {"height": 32, "width": 32, "resampling": "bicubic"}}, "pixels.resampling", "resample"),
         (
             {"victim": {"architecture": "resnet8_cifar", "pretrain": {"method": "byol", "epoch": 3}}},

@@ -14,7 +14,8 @@ from hardening.measure.evaluate import EvaluationError, attack, evaluate
 from hardening.measure.knowing import AIMED_AT_FPR, HEAD_AWARE, threshold
 from hardening.measure.oblivious import AttackError
 from hardening.measure.records import Record, read
-from hardening.measure.tasks import GUARDED, UNDEFENDED
+from hardening.measure.suite import RETURNED
+from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED
 from hardening.recipe import RecipeError
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
@@ -56,9 +57,35 @@ def test_directions(records: list[Record]) -> None:
     clean = value(records, "clean_acc", UNDEFENDED, "clean")
     assert clean > 0.8
     attacked = value(records, "robust_acc", UNDEFENDED, "pgd", 40.0)
-    assert attacked < clean
+    assert attacked < clean - 0.3
     assert attacked <= value(records, "robust_acc", UNDEFENDED, "noise", 40.0)
     assert attacked <= value(records, "robust_acc", UNDEFENDED, "pgd", 10.0)
+    noise = value(records, "fooling_rate", UNDEFENDED, "noise", 10.0)
+    assert value(records, "fooling_rate", UNDEFENDED, "pgd", 10.0) > noise
+    assert value(records, "knn_acc", UNDEFENDED, "pgd", 40.0) < value(records, "knn_acc", UNDEFENDED, "clean") - 0.3
+
+
+def test_everything_is_measured(records: list[Record]) -> None:
+    for name in ("noise", "pgd", "uap"):
+        for system in SYSTEMS:
+            for metric in ("robust_acc", "fooling_rate", "robust/clean"):
+                value(records, metric, system, name, 10.0)
+        for subject in (UNDEFENDED, RETURNED):
+            value(records, "knn_acc", subject, name, 10.0)
+        for metric, subject in (("auroc", "detector"), ("tpr@0.05", "bundle's calibration"), ("tpr@0.05", "recalibrated")):
+            value(records, metric, subject, name, 10.0)
+
+
+def test_every_number_is_a_share_of_the_images_that_were_asked_for(records: list[Record]) -> None:
+    assert len(records) == len({(r.metric, r.subject, r.attack, r.epsilon) for r in records})
+    for r in records:
+        if isinstance(r.value, list):
+            assert len(r.value) == r.images
+        elif r.metric not in ("auroc", "robust/clean"):
+            assert 0 <= r.value <= 1, r
+            assert r.value * r.images == pytest.approx(round(r.value * r.images)), r
+        if not r.metric.startswith(("auroc", "tpr_fooled", "success")):
+            assert r.images == (16 if "box" in r.attack else 40), r
 
 
 def test_white_box_is_at_least_as_strong_as_grey(records: list[Record]) -> None:
@@ -188,5 +215,6 @@ def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: P
     flat.mkdir()
     for index, file in enumerate(sorted(task_folder.rglob("*.png"))[:240]):
         shutil.copy(file, flat / f"{index}.png")
-    with pytest.raises(RecipeError, match="labelled"):
-        evaluate([toy_bundles[0]], {"flat": flat}, tmp_path / "o", size="smoke", attacks=(), bars=QuietBars())
+    for asked in ({"adaptive": (HEAD_AWARE,)}, {"rivals": True}):
+        with pytest.raises(RecipeError, match="labelled"):
+            evaluate([toy_bundles[0]], {"flat": flat}, tmp_path / "o", size="smoke", attacks=(), bars=QuietBars(), **asked)  # type: ignore[arg-type]
