@@ -28,8 +28,8 @@ Shape = tuple[int, int]
 class Resize:
     """Pillow's resizing as two matrices, so that it has gradients; no cropping, the aspect ratio is not kept.
 
-    As in Pillow, rows come first, and each pass is clipped. Pillow also rounds each pass to 8 bits, this does not: the two are at
-    most 1/255 apart (bicubic in the worst case 1.2/255; `tests/hardening/attacks/test_resize.py`).
+    As in Pillow, rows come first, and each pass is clipped. Pillow also rounds each pass to 8 bits, this not: the two are
+    at most 1/255 apart (bicubic in the worst case 1.2/255; `tests/hardening/attacks/test_resize.py`).
     """
 
     def __init__(self, before: Shape, after: Shape, resample: str, device: str = "cpu") -> None:

@@ -71,14 +71,19 @@ def find_photographs(root: Path) -> list[Path]:
     return found
 
 
-def photograph(path: Path, side: int) -> NDArray[np.uint8]:
-    """A photograph upright and in RGB, uint8 [H, W, 3], with `side` pixels on its longer side; small ones are enlarged."""
+def photograph(path: Path, side: int | None = None) -> NDArray[np.uint8]:
+    """A photograph upright and in RGB, uint8 [H, W, 3]: at its own size, or with `side` pixels on its longer side.
+
+    A small one is enlarged.
+    """
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except OSError as error:
         raise TwogateError(f"{path} cannot be read: {error}") from None
-    return np.asarray(upright.resize(_size(upright.size, side), Image.Resampling.BICUBIC), dtype=np.uint8)
+    if side is not None:
+        upright = upright.resize(_size(upright.size, side), Image.Resampling.BICUBIC)
+    return np.asarray(upright, dtype=np.uint8)
 
 
 def stored(photo: NDArray[np.uint8], name: str) -> bytes:
