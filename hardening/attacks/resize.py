@@ -62,7 +62,7 @@ def through_resize_rule(
     """PGD in the photograph's own pixels, through the resizing of the pixel rule: the attacker who knows the rule.
 
     `photo` uint8 [H, W, 3]; `epsilon` in 1/255. Returns uint8 [H, W, 3], each value at most `epsilon` away. Takes memory for
-    about ten float32 copies of the photograph.
+    about twenty float32 copies of the photograph.
     """
     resize = Resize(photo.shape[:2], (rule.height, rule.width), rule.resample, device)
     x = as_input(photo[None], device)
