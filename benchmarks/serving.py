@@ -21,7 +21,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).parent.parent
-PHOTOS = sorted((ROOT / "tests" / "support" / "photos").glob("*.jpg"))
+PHOTOS = sorted((ROOT / "examples" / "photos").glob("*.jpg"))
 
 
 def main() -> None:

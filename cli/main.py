@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cli import bundle, embed, evaluate, harden, head, recalibrate, serve
+from cli import bundle, embed, evaluate, harden, head, probe, recalibrate, serve
 from model_store.errors import TwogateError
 
 
@@ -38,6 +38,7 @@ app.command("harden")(harden.harden)
 app.command("attack")(evaluate.attack)
 app.command("evaluate")(evaluate.evaluate)
 app.command("recalibrate")(recalibrate.recalibrate)
+app.add_typer(probe.app, name="probe")
 app.add_typer(head.app, name="head")
 app.add_typer(bundle.app, name="bundle")
 
@@ -70,6 +71,8 @@ def twogate(
     - `twogate harden recipe.yaml --data images/ --store bundles/` makes a bundle of your own
 
     - `twogate evaluate photos --task NAME=images/` measures a bundle under attack, and writes a report
+
+    - `twogate probe photographs photos --images pictures/` attacks a running service with photographs of real sizes
 
     - `twogate head train photos --task NAME --data images/` gives a bundle a classifier of your own
 

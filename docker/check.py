@@ -157,7 +157,7 @@ def check_verdicts(client: httpx.Client, *, strict: bool) -> str:
         refused = client.post("/v1/scan?on_flag=reject", content=noise, headers={"Content-Type": "image/png"})
         require(refused.status_code == 422 and refused.json()["type"] == "/problems/adversarial-suspected", refused.text)
     else:
-        attacked = sorted((ROOT / "tests/support/photos/attacked").glob("*.png"))
+        attacked = sorted((ROOT / "examples/photos").glob("*-attacked.png"))
         found = judge(client, [path.read_bytes() for path in attacked]).json()["data"]
         require(2 * sum(one["dae"]["flagged"] for one in found) > len(attacked), "attacked photographs pass")
     return f"{flags.count(False)} of {len(flags)} photos pass (p {p_values})"
@@ -176,8 +176,8 @@ def check_drain(client: httpx.Client, service: subprocess.Popen[bytes]) -> str:
 
 
 def photos() -> list[bytes]:
-    """The CC0 photographs of the tests."""
-    return [path.read_bytes() for path in sorted((ROOT / "tests/support/photos").glob("*.jpg"))]
+    """The CC0 photographs of the examples."""
+    return [path.read_bytes() for path in sorted((ROOT / "examples/photos").glob("*-clean.jpg"))]
 
 
 def judge(client: httpx.Client, images: list[bytes]) -> httpx.Response:

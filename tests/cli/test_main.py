@@ -10,7 +10,7 @@ from cli.main import app
 from tests.cli.conftest import Process, Twogate
 from tests.conftest import REPOSITORY
 
-COMMANDS = ["serve", "embed", "harden", "head", "recalibrate", "bundle"]
+COMMANDS = ["serve", "embed", "harden", "head", "recalibrate", "probe", "bundle"]
 
 
 def test_version(twogate: Twogate) -> None:
@@ -36,6 +36,8 @@ def test_help_names_every_command_and_the_exit_codes(twogate: Twogate) -> None:
         ["embed"],
         ["harden"],
         ["head", "train"],
+        ["probe", "photographs"],
+        ["probe", "blackbox"],
         ["recalibrate"],
         ["bundle", "list"],
         ["bundle", "show"],

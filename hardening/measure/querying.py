@@ -1,0 +1,174 @@
+"""A score-based black box (T7 of methods 7.3) against a running service: all that the attacker has is its answers.
+
+He sees the returned embedding and the score of every picture that he posts, and knows the bundle's threshold at 5 %,
+which the p-values give away. He maximises the cosine distance of the embedding from the clean one, less what the score is
+above that threshold. He is told when he has won, as by watching the app behind the service, and stops there: a class that
+was right is wrong, by the guarded heads of the task, and the picture is not flagged at 5 %.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hardening.attacks.blackbox import Found, nes, square
+from hardening.graph import Graph
+from hardening.measure.knowing import AIMED_AT_FPR, threshold
+from hardening.measure.live import LiveService
+from hardening.measure.photographs import RETURNED, SERVICE
+from hardening.measure.records import Origin, Record, once
+from hardening.measure.sizes import SIZES
+from hardening.measure.tasks import GUARDED, graph_values, load_task
+from hardening.progress import Bars
+from model_store.bundle import Bundle
+from model_store.errors import TwogateError
+
+SEARCHES: dict[str, Callable[..., Found]] = {"square": square, "nes": nes}
+SUCCESS = f"success@{AIMED_AT_FPR:g}"
+NOTICED = f"queries_flagged@{AIMED_AT_FPR:g}"
+QUERIES = "median_queries"
+READING = """\
+The attacker sees the returned embedding and the score of what he posts, no more. Success: of the images that the
+guarded heads of the task classified right, those that he made wrong and that were not flagged at 0.05. He is told when
+he has won and stops there; the median is over those. Queries flagged: of all that he posted. The cosine is that of the
+returned embedding of his best picture to the clean one."""
+
+
+def measure_querying(
+    bundle: Bundle,
+    service: LiveService,
+    name: str,
+    root: Path,
+    out: Path,
+    folder: Path,
+    origin: Origin,
+    *,
+    searches: Sequence[str],
+    queries: int,
+    epsilon: float,
+    size: str,
+    seed: int,
+    device: str,
+    bars: Bars,
+) -> None:
+    """Measure each search that is not in `folder` yet, on the first images of a task that are classified right."""
+    graph, manifest = Graph(bundle.model).to(device), bundle.manifest
+    task = load_task(name, root, graph, manifest, SIZES[size], out / "data" / name, device, bars)
+
+    def classify(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+        return task.predictions(graph_values(graph, images, device, bars, "asking the heads"), manifest)[GUARDED]
+
+    some = slice(0, SIZES[size].adaptive_images)
+    right = classify(task.images[some]) == task.labels[some]
+    if not right.any():
+        raise TwogateError(f"{name}: the heads classify no image right, so there is nothing to attack")
+    images, labels = task.images[some][right], task.labels[some][right]
+    limit = threshold(manifest.calibration, AIMED_AT_FPR)
+
+    def measure(search: str) -> list[Record]:
+        with bars.task(f"{name}: {search}, at most {queries} queries an image", queries * len(images)) as progress:
+            attacker = Attacker(service, images, labels, limit, epsilon, classify, progress.advance)
+            SEARCHES[search](attacker, images, epsilon=epsilon, queries=queries, seed=seed)
+        values = {
+            (SUCCESS, SERVICE): float(attacker.won.mean()),
+            (NOTICED, SERVICE): attacker.flagged / attacker.queries.sum(),
+            ("cosine", RETURNED): float(1 - attacker.distance.mean()),
+        }
+        if attacker.won.any():
+            values[QUERIES, SERVICE] = float(np.median(attacker.queries[attacker.won]))
+        attack = f"{search}, {queries} queries"
+        return [origin.record(*key, name, attack, value, len(images), epsilon, seed) for key, value in values.items()]
+
+    for search in searches:
+        once(folder / f"{search}-{queries}-{epsilon:g}-{seed}.jsonl", partial(measure, search))
+
+
+class Attacker:
+    """What a search of `hardening.attacks.blackbox` asks, and the books on it.
+
+    `images` uint8 [N, H, W, 3] at the bundle's input size, classified right as `labels` [N] say. `limit` is the largest score
+    that is not flagged, `epsilon` in 1/255.
+    """
+
+    def __init__(
+        self,
+        service: LiveService,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        limit: float,
+        epsilon: float,
+        classify: Callable[[NDArray[np.uint8]], NDArray[np.int64]],
+        advance: Callable[[int], None],
+    ) -> None:
+        self._service, self._images, self._labels = service, images, labels
+        self._limit, self._epsilon, self._classify, self._advance = limit, epsilon, classify, advance
+        self._clean = service.ask([_png(image) for image in images]).embedding
+        self._best = np.full(len(images), np.inf)
+        self.distance = np.zeros(len(images))
+        """[N]: of the best picture's embedding from the clean one, 1 - cosine."""
+        self.queries = np.zeros(len(images), np.int64)
+        """[N]: up to success, where there was one."""
+        self.won = np.zeros(len(images), bool)
+        """[N]"""
+        self.flagged = 0
+        """How many of the queries were flagged at 5 %."""
+
+    def __call__(self, images: NDArray[np.uint8], which: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Loss [M] of versions [M, H, W, 3] of the images `which` [M]; -1 once an image has been broken."""
+        loss = np.full(len(which), -1.0)
+        still = ~self.won[which]
+        images, which = images[still], which[still]
+        if len(which):
+            loss[still] = self._ask(images, which)
+        return loss
+
+    def _ask(self, images: NDArray[np.uint8], which: NDArray[np.intp]) -> NDArray[np.float64]:
+        answers = self._service.ask([_png(image) for image in images])
+        self.queries[which] += 1
+        distance = 1 - (answers.embedding * self._clean[which]).sum(axis=1, dtype=np.float64)
+        # 2 is the largest distance, so that this is never negative: only a success is.
+        loss = np.asarray(2 - distance + np.maximum(answers.score - self._limit, 0))
+        passed = answers.p_value > AIMED_AT_FPR
+        self.flagged += int((~passed).sum())
+        # NES also asks about pictures outside its budget; those are no results.
+        moved = np.abs(images.astype(int) - self._images[which]).max(axis=(1, 2, 3))
+        better = (loss < self._best[which]) & (moved <= self._epsilon)
+        self._best[which[better]], self.distance[which[better]] = loss[better], distance[better]
+        tried = np.flatnonzero(better & passed)
+        if len(tried):
+            broken = tried[self._classify(images[tried]) != self._labels[which[tried]]]
+            self.won[which[broken]] = True
+            loss[broken] = -1
+        self._advance(len(which))
+        return loss
+
+
+def render_querying(records: Sequence[Record]) -> str:
+    """The records of one bundle as a Markdown table."""
+    cells: dict[tuple[str, str, float, int], dict[str, Record]] = {}
+    for record in records:
+        cells.setdefault((record.task, record.attack, record.epsilon, record.seed), {})[record.metric] = record
+    header: tuple[str, ...] = ("task", "search", "eps", "images", "success at 0.05, %", "median queries of a success")
+    lines = [
+        f"| {' | '.join(header)} | queries flagged at 0.05, % | embedding's cosine |",
+        "| " + "--- | " * (len(header) + 2),
+    ]
+    for (task, attack, epsilon, _), found in cells.items():
+        row = [task, attack, f"{epsilon:g}", str(found[SUCCESS].images)]
+        for metric, scale, digits in ((SUCCESS, 100, 1), (QUERIES, 1, 0), (NOTICED, 100, 1), ("cosine", 1, 3)):
+            value = found[metric].value if metric in found else None
+            row.append("-" if value is None or isinstance(value, list) else f"{scale * value:.{digits}f}")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", compress_level=1)
+    return file.getvalue()
