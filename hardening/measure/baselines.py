@@ -64,7 +64,8 @@ def budget(manifest: Manifest, size: str) -> dict[str, Any]:
 
 def public_victim(bundle: Bundle) -> Encoder:
     """The bundle's public victim, to be trained; its normalisation is in the graph already."""
-    victim: Any = Graph(bundle.model).encoder(TRIPWIRE).trainable()
+    tripwire: Any = Graph(bundle.model).encoder(TRIPWIRE)
+    victim = tripwire.trainable()
     rule = bundle.manifest.pixels
     with torch.no_grad():
         victim.num_features = victim(torch.zeros(1, 3, rule.height, rule.width)).shape[1]
