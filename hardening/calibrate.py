@@ -1,7 +1,8 @@
 """Fit the detector and calibrate its score, on clean images only and before any attack is run.
 
 Two disjoint sets that no encoder was tuned on: `fit` for heads, standardisation and evidence, `calibration` for the
-quantile table of the score, which alone decides what is flagged.
+quantile table of the score, which alone decides what is flagged. Where `calibration` is a folder of its own, it serves for the
+evidence too, by cross-fitting.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.model_selection import KFold
 from torch import Tensor
 
 from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, train_head
@@ -25,6 +27,7 @@ from hardening.recipe import RecipeError
 from model_store.calibration import Calibration
 
 _BATCH = 16
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,50 @@ def assemble(victim: Encoder, tuned: Mapping[str, Encoder], sample: NDArray[np.u
 
 
 def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: Bars) -> Calibrated:
-    """Fit the detector on `fit`, then the score's table on `calibration`."""
+    """Fit the detector on `fit`, then the score's table on `calibration`.
+
+    A folder calibration/ says what the gate will see, so the consistency detector is fitted on it too: evidence that only
+    knew the few classes of `fit` would take every other picture for strange. The table's scores then come from detectors that
+    were fitted without the image that they judge (cross-conformal prediction, Vovk 2015).
+    """
     images, labels = dataset.take("fit")
     features = collect(views, images, ConsistencyDetector.views, device, bars, "features for the detector")
+    clean, _ = dataset.take("calibration")
+    own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
+    score: NDArray[np.float32] | None = None
     if detector == "consistency":
-        fitted: Detector = ConsistencyDetector.fit(features)
+        known = features
+        if own:
+            theirs = collect(views, clean, ConsistencyDetector.views, device, bars, "features of calibration/")
+            known, score = _together(features, theirs), _scores_by_others(features, theirs, bars)
+        fitted: Detector = ConsistencyDetector.fit(known)
     elif dataset.labelled:
         fitted = PaperDetector({name: train_head(features[name], labels) for name in BRANCHES})
     else:
         raise RecipeError("the detector `paper` reads classifier heads and needs labelled images, train/<class>/*")
     gate = Gate(views, {name: features[name].mean(dim=0) for name in BRANCHES}, fitted)
     gate.requires_grad_(False).eval()
-    clean, _ = dataset.take("calibration")
-    _, _, score = run_gate(gate, clean, device, bars, "calibrate the score")
-    own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
+    if score is None:
+        _, _, score = run_gate(gate, clean, device, bars, "calibrate the score")
     source = "the data's folder calibration/" if own else "held out of train/"
     table = Calibration(source=f"{len(clean)} clean images, {source}", scores=tuple(np.sort(score.astype(float))))
     return Calibrated(gate, table)
+
+
+def _together(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {view: torch.cat([first[view], second[view]]) for view in first}
+
+
+def _scores_by_others(fit: Mapping[str, Tensor], clean: Mapping[str, Tensor], bars: Bars) -> NDArray[np.float32]:
+    """Scores [N] of clean features by view, each from a detector that was fitted on `fit` and the other folds."""
+    count = len(next(iter(clean.values())))
+    score = np.zeros(count, np.float32)
+    with bars.task("calibrate the score", count) as task:
+        for rest, held in KFold(_FOLDS, shuffle=True, random_state=0).split(score):
+            detector = ConsistencyDetector.fit(_together(fit, {view: found[rest] for view, found in clean.items()}))
+            score[held] = detector({view: found[held] for view, found in clean.items()})[1].numpy()
+            task.advance(len(held))
+    return score
 
 
 @torch.no_grad()

@@ -105,3 +105,19 @@ def test_assembly_ships_folded_rounded_weights_and_keeps_each_in_its_place(
     assert not kinds & {torch.nn.BatchNorm2d, ScaledConv2d}
     assert not any(p.requires_grad for p in views.parameters())
     assert not views.training
+
+
+def test_a_calibration_folder_teaches_the_evidence_and_keeps_the_promise(
+    toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars
+) -> None:
+    paths = list(toy_dataset.paths)
+    for index in toy_dataset.splits["calibration"]:
+        paths[index] = f"calibration/{index}.png"
+    other = dataclasses.replace(toy_dataset, paths=tuple(paths))
+    again = calibrate(toy_calibrated.gate.views, other, "consistency", "cpu", bars)
+    count = len(toy_dataset.splits["fit"]) + len(toy_dataset.splits["calibration"])
+    assert again.gate.detector.parameters_for_people()["fitted_on"] == count
+    fresh = np.concatenate([toy_dataset.take(name)[0] for name in ("test", "local")])
+    _, _, score = run_gate(again.gate, fresh, "cpu", bars, "fresh")
+    assert (again.calibration.p_value(score) <= 0.05).mean() < 0.15
+    assert (again.calibration.p_value(score) <= 0.5).mean() == pytest.approx(0.5, abs=0.2)
