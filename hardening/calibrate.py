@@ -1,8 +1,8 @@
 """Fit the detector and calibrate its score, on clean images only and before any attack is run.
 
 Two disjoint sets that no encoder was tuned on: `fit` for heads, standardisation and evidence, `calibration` for the
-quantile table of the score, which alone decides what is flagged. Where `calibration` is a folder of its own, it serves for the
-evidence too, by cross-fitting.
+quantile table of the score, which alone decides what is flagged. Where `calibration` is a folder of its own, it serves for
+the evidence too, by cross-fitting.
 """
 
 from __future__ import annotations
