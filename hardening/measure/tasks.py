@@ -75,6 +75,7 @@ class Task:
         weights = rfdm_weights(logits)
         names = [branch.name for branch in manifest.branches]
         confidence = values["confidence"][:, [names.index(name) for name in BRANCHES]]
+        voters = values["confidence"][:, [names.index(head.branch) for head in self.served]]
         found = {
             "hardened victim alone": logits[:, BRANCHES.index(MPAE[0])],
             "hardened auxiliary alone": logits[:, BRANCHES.index(MPAE[1])],
@@ -82,14 +83,14 @@ class Task:
             "three branches, plain average": logits.mean(dim=1),
             "three branches, RFDM": fuse(logits, weights),
             "three branches, guarded RFDM": fuse(logits, guard(weights, confidence)),
-            GUARDED: fuse(self.served_logits(values["embedding"]), guard(torch.ones_like(confidence), confidence)),
+            GUARDED: fuse(self.served_logits(values["embedding"]), guard(torch.ones_like(voters), voters)),
         }
         if TRIPWIRE in values:
             found[UNDEFENDED] = self.heads[TRIPWIRE](values[TRIPWIRE])
         return found
 
     def served_logits(self, embedding: Tensor) -> Tensor:
-        """Embeddings [N, D] -> logits [N, 3, C] of the served heads, before their fusion."""
+        """Embeddings [N, D] -> logits [N, 3, C] of the served heads, in their order, before their fusion."""
         logits = []
         for head in self.served:
             weight, bias = (torch.as_tensor(value).to(embedding) for value in (head.weight, head.bias))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from hardening.data import Dataset
 from hardening.encoders import Encoder
 from hardening.export import export
 from hardening.graph import GraphError
+from hardening.heads import Linear
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, _Room, craft_perturbations, measure_task
@@ -94,14 +96,19 @@ def test_the_guard_reads_each_branchs_own_confidence() -> None:
         return Head(Standard(torch.zeros(1), torch.ones(1)), torch.zeros(2, 1), torch.tensor(logits))
 
     heads = {"mpae_victim": head(2, 0), "mpae_auxiliary": head(2, 0), "bmp": head(0, 3)}
-    task: Task = SimpleNamespace(heads=heads)  # type: ignore[assignment]
-    values = {name: torch.zeros(1, 1) for name in BRANCHES}
+    ours = [Linear(name, 0, np.zeros((1, 2)), one.bias.double().numpy()) for name, one in heads.items()]
+    values = {name: torch.zeros(1, 1) for name in (*BRANCHES, "embedding")}
     for order in (BRANCHES, BRANCHES[::-1]):
         manifest = SimpleNamespace(branches=[SimpleNamespace(name=name) for name in order])
         for doubted, expected in (("bmp", 0), ("mpae_victim", 1)):
             confidence = torch.tensor([[0.0 if name[:4] == doubted[:4] else 1.0 for name in order]])
+            # The served heads come in the order of the manifest.
+            served = tuple(sorted(ours, key=lambda one: order.index(one.branch)))
+            task: Task = SimpleNamespace(heads=heads, served=served)  # type: ignore[assignment]
+            task.served_logits = partial(Task.served_logits, task)  # type: ignore[method-assign]
             logits = Task.system_logits(task, {**values, "confidence": confidence}, manifest)  # type: ignore[arg-type]
-            assert int(logits[GUARDED].argmax()) == expected
+            for system in (GUARDED, "three branches, guarded RFDM"):
+                assert int(logits[system].argmax()) == expected
 
 
 def plan(place: Path, out: Path, **changed: object) -> Plan:
@@ -112,6 +119,7 @@ def plan(place: Path, out: Path, **changed: object) -> Plan:
         "attacks": ("noise", "pgd", "uap"),
         "knowing": (),
         "rivals": (),
+        "baselines": (),
         "epsilons": (10.0,),
         "seeds": (0,),
         "out": out,
