@@ -37,7 +37,7 @@ def write_card(folder: Path, manifest: Manifest, records: Sequence[Record]) -> N
         f"## How it was made\n\n{_making(manifest)}",
         f"```json\n{json.dumps(recipe, indent=1)}\n```",
     ]
-    (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
 def _facts(manifest: Manifest, size: int) -> str:

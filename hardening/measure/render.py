@@ -381,7 +381,7 @@ def card_sections(records: Sequence[Record], folder: Path, detector: str) -> str
     }
     page.text(
         f"{images} test images; eps {epsilon:g}/255, L-infinity, made on the undefended public victim, clipped and rounded "
-        "to 8 bits. " + "; ".join(f"{attack}: {said[attack]}" for attack in numbers.attacks if attack in said)
+        "to 8 bits; " + "; ".join(f"{attack}: {said[attack]}" for attack in numbers.attacks if attack in said) + "."
     )
     if systems:
         page.heading(2, "Accuracy of task heads, %")
