@@ -51,13 +51,16 @@ def identical(a: Encoder, b: Encoder) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_there_are_eight_methods() -> None:
-    assert set(METHODS) == {"simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins", "supcon"}
+WITH_LABELS = {"supcon", "supervised"}
+
+
+def test_there_are_nine_methods() -> None:
+    assert set(METHODS) == {"simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins"} | WITH_LABELS
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "moco"])
 def test_the_loss_falls(method: str, tmp_path: Path) -> None:
-    labels = LABELS if method == "supcon" else np.full_like(LABELS, -1)
+    labels = LABELS if method in WITH_LABELS else np.full_like(LABELS, -1)
     encoder, history = run(method, tmp_path, 24, labels=labels)
     losses = [record["loss"] for record in history]
     assert len(losses) == 24
@@ -142,11 +145,12 @@ def test_a_finished_job_is_loaded_and_methods_differ(tmp_path: Path) -> None:
     assert not identical(first, untrained_encoder(width=16))
 
 
-def test_supcon_needs_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", sorted(WITH_LABELS))
+def test_some_methods_need_labels(method: str, tmp_path: Path) -> None:
     labels = LABELS.copy()
     labels[3] = -1
-    with pytest.raises(RecipeError, match="supcon needs labelled images"):
-        run("supcon", tmp_path, labels=labels)
+    with pytest.raises(RecipeError, match=f"{method} needs labelled images"):
+        run(method, tmp_path, labels=labels)
 
 
 def slow_supcon(vectors: list[list[float]], labels: list[int], temperature: float) -> float:
