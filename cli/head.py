@@ -37,7 +37,7 @@ def train(
         ),
     ],
     fusion: Annotated[
-        Fusion, typer.Option(help="rfdm: branches vote by their certainty; guarded: also by how far each can be trusted.")
+        Fusion, typer.Option(help="guarded: branches vote as far as each can be trusted; rfdm: by certainty (ZePAD).")
     ] = Fusion.guarded,
     seed: Annotated[int, typer.Option(min=0, help="Draws the 15% of the images that are held out.")] = 0,
     store: Store = None,

@@ -95,7 +95,7 @@ class Task(_Part):
     classes: tuple[str, ...] = Field(min_length=2, description="in the order of the head's probabilities")
     file: str = Field(description="tasks/<name>.onnx")
     fusion: Literal["guarded", "rfdm"] = Field(
-        description="how the branches vote: by their certainty (rfdm), or that and how far each can be trusted (guarded)"
+        description="how the branches vote: as far as each can be trusted on this image (guarded), or by certainty (rfdm)"
     )
     trained_on: str = Field(description="what the labelled images were, in words")
     metrics: dict[str, float] = Field(default_factory=dict, description="e.g. validation_clean_acc, a share")
