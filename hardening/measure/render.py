@@ -379,10 +379,11 @@ def card_sections(records: Sequence[Record], folder: Path, detector: str) -> str
         "pgd": f"away from an image's own features, {size.pgd_steps} steps, best of {size.restarts} random starts",
         "uap": f"one perturbation for all images, {size.uap_epochs} epochs over at most {size.surrogate} tuning images",
     }
-    page.text(
+    what = (
         f"{images} test images; eps {epsilon:g}/255, L-infinity, made on the undefended public victim, clipped and rounded "
-        "to 8 bits; " + "; ".join(f"{attack}: {said[attack]}" for attack in numbers.attacks if attack in said) + "."
+        "to 8 bits"
     )
+    page.text("; ".join([what, *(f"{attack}: {said[attack]}" for attack in numbers.attacks if attack in said)]) + ".")
     if systems:
         page.heading(2, "Accuracy of task heads, %")
         rows = [
