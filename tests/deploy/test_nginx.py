@@ -170,7 +170,7 @@ def test_with_the_gate_down_the_policy_may_be_to_pass(proxied: Proxied, photo: b
 def test_with_the_default_bundle_a_photo_passes_and_its_attacked_version_does_not(
     proxied: Proxied, photos: list[Path]
 ) -> None:
-    attacked = photos[0].parent / "attacked" / f"{photos[0].stem}.png"
+    attacked = photos[0].with_name(photos[0].name.replace("-clean.jpg", "-attacked.png"))
     with thread_server(Settings(threads=1)) as real, proxied(gate_port=real.port) as client:
         passed = client.post("/upload", files={"picture": ("album.jpg", photos[0].read_bytes())})
         refused = client.post("/upload", files={"picture": ("attacked.png", attacked.read_bytes())})
