@@ -178,8 +178,10 @@ def train_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, d
 def public_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, device: str, bars: Bars) -> Encoder:
     """The encoder before tuning: public weights, or pre-trained here."""
     spec: Any = getattr(recipe, role)
-    # Encoders of one architecture must not start from the same random weights.
-    seed = recipe.seed + ROLES.index(role)
+    # Encoders of one architecture must not start from the same random weights. What stands in for a public encoder is the
+    # same one for every seed of a defence, as a downloaded file would be.
+    public = spec.pretrain is not None and spec.pretrain.split == "public"
+    seed = ROLES.index(role) + (0 if public else recipe.seed)
     # Said once, not again when a finished training is loaded.
     done = (run / "encoders" / f"finetune {role}.pt").exists()
     key = _key(run / "encoders" / f"key {role}.pt") if spec.keyed else None

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -468,7 +469,7 @@ def penalised(
     return campaign.best.images
 
 
-def selective_pgd(
+def two_aims(
     target: Target,
     images: Tensor,
     labels: Tensor | None,
@@ -480,46 +481,14 @@ def selective_pgd(
     kappa: float = KAPPA,
     aim: Aim = "margin",
     levels: Sequence[float] | None = None,
+    project: bool = False,
 ) -> Tensor:
     """T5, T6: step on the margin of the fused logits until it is wrong, then on the score until it is under the threshold.
 
-    With `aim="distance"` the returned embedding's distance from the clean one takes the margin's place, for a service that
-    has no classifier. One search for each level of damage that counts as enough; where both aims are met, the damage goes on.
+    Selective PGD; with `project`, Orthogonal PGD: each step is orthogonal to the gradient of the aim that it is not for. With
+    `aim="distance"` the returned embedding's distance from the clean one takes the margin's place, for a service that has
+    no classifier. One search for each level of damage that counts as enough; where both aims are met, the damage goes on.
     """
-    return _two_aims(target, images, labels, epsilon, steps, generator, restarts, kappa, aim, levels, project=False)
-
-
-def orthogonal_pgd(
-    target: Target,
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    epsilon: float,
-    steps: int,
-    generator: torch.Generator,
-    restarts: int = 1,
-    kappa: float = KAPPA,
-    aim: Aim = "margin",
-    levels: Sequence[float] | None = None,
-) -> Tensor:
-    """T5, T6: as `selective_pgd`, each step orthogonal to the gradient of the aim that it is not for."""
-    return _two_aims(target, images, labels, epsilon, steps, generator, restarts, kappa, aim, levels, project=True)
-
-
-def _two_aims(
-    target: Target,
-    images: Tensor,
-    labels: Tensor | None,
-    epsilon: float,
-    steps: int,
-    generator: torch.Generator,
-    restarts: int,
-    kappa: float,
-    aim: Aim,
-    levels: Sequence[float] | None,
-    *,
-    project: bool,
-) -> Tensor:
     campaign = Campaign.open(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, restarts=restarts)
     damage, judge = campaign.aim_at(aim)
 
@@ -576,36 +545,6 @@ def false_alarm(
     return campaign.best.images
 
 
-def patch_ensemble(
-    target: Target,
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    epsilon: float,
-    steps: int,
-    generator: torch.Generator,
-    restarts: int = 1,
-) -> Tensor:
-    """T10: T1 through a visible patch of 3 % of each image, of any colours; `epsilon` does not apply."""
-    return ensemble(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, restarts=restarts, patch=True)
-
-
-def patch_targeted(
-    target: Target,
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    epsilon: float,
-    steps: int,
-    generator: torch.Generator,
-    restarts: int = 1,
-) -> Tensor:
-    """T10: T3 through a visible patch of 3 % of each image, of any colours; `epsilon` does not apply."""
-    return joint_targeted(
-        target, images, labels, epsilon=epsilon, steps=steps, generator=generator, restarts=restarts, patch=True
-    )
-
-
 def low_confidence(
     target: Target,
     images: Tensor,
@@ -628,40 +567,20 @@ def low_confidence(
     return campaign.best.images
 
 
-def penalised_distance(
-    target: Target, images: Tensor, labels: Tensor | None, *, epsilon: float, steps: int, generator: torch.Generator
-) -> Tensor:
-    """T6 by `penalised`."""
-    return penalised(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, aim="distance")
-
-
-def selective_distance(
-    target: Target, images: Tensor, labels: Tensor | None, *, epsilon: float, steps: int, generator: torch.Generator
-) -> Tensor:
-    """T6 by `selective_pgd`."""
-    return selective_pgd(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, aim="distance")
-
-
-def orthogonal_distance(
-    target: Target, images: Tensor, labels: Tensor | None, *, epsilon: float, steps: int, generator: torch.Generator
-) -> Tensor:
-    """T6 by `orthogonal_pgd`."""
-    return orthogonal_pgd(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, aim="distance")
-
-
 ADAPTIVE: dict[str, Attack] = {
     "T1": ensemble,
     "T1-universal": ensemble_universal,
     "T2": bmp_only,
     "T3": joint_targeted,
     "T4": penalised,
-    "T5-selective": selective_pgd,
-    "T5-orthogonal": orthogonal_pgd,
-    "T6-penalised": penalised_distance,
-    "T6-selective": selective_distance,
-    "T6-orthogonal": orthogonal_distance,
+    "T5-selective": two_aims,
+    "T5-orthogonal": partial(two_aims, project=True),
+    "T6-penalised": partial(penalised, aim="distance"),
+    "T6-selective": partial(two_aims, aim="distance"),
+    "T6-orthogonal": partial(two_aims, aim="distance", project=True),
     "T9": false_alarm,
-    "T10-T1": patch_ensemble,
-    "T10-T3": patch_targeted,
+    # A visible patch of 3 % of each image, of any colours; epsilon does not apply.
+    "T10-T1": partial(ensemble, patch=True),
+    "T10-T3": partial(joint_targeted, patch=True),
     "T11": low_confidence,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +54,25 @@ def craft_universal(
 
     `epsilon` in 1/255; a patch (`pat`) is bounded by its area instead.
     """
-    if file.exists():
-        return
     common: Any = {"seed": seed, "device": device, "bars": bars}
-    match name:
-        case "pat":
-            patch = pat(victim, surrogate, epochs=size.generator_epochs, **common)
-            _save(file, pixels=patch.pixels, mask=patch.mask)
-            return
-        case "uap":
-            delta = uap_features(victim, surrogate, epsilon=epsilon, epochs=size.uap_epochs, **common)
-        case "per":
-            delta = per(victim, surrogate, epsilon=epsilon, epochs=size.generator_epochs, **common)
-        case "pap-base" | "pap-fuse" | "pap-ugs":
-            variant: Any = name.removeprefix("pap-")
-            delta = pap(victim, surrogate, variant=variant, epsilon=epsilon, iterations=size.iterations, **common)
-        case _:
-            delta = ssp(victim, surrogate, epsilon=epsilon, iterations=size.iterations, **common)
-    _save(file, delta=delta)
+
+    def make() -> dict[str, NDArray[Any]]:
+        match name:
+            case "pat":
+                patch = pat(victim, surrogate, epochs=size.generator_epochs, **common)
+                return {"pixels": patch.pixels, "mask": patch.mask}
+            case "uap":
+                delta = uap_features(victim, surrogate, epsilon=epsilon, epochs=size.uap_epochs, **common)
+            case "per":
+                delta = per(victim, surrogate, epsilon=epsilon, epochs=size.generator_epochs, **common)
+            case "pap-base" | "pap-fuse" | "pap-ugs":
+                variant: Any = name.removeprefix("pap-")
+                delta = pap(victim, surrogate, variant=variant, epsilon=epsilon, iterations=size.iterations, **common)
+            case _:
+                delta = ssp(victim, surrogate, epsilon=epsilon, iterations=size.iterations, **common)
+        return {"delta": delta}
+
+    kept(file, make)
 
 
 def load_universal(file: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
@@ -120,8 +123,25 @@ def craft(
     )
 
 
-def _save(file: Path, **arrays: NDArray[np.generic]) -> None:
+def kept(file: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """The arrays in `file`; made first where it is missing, and once only where two processes want them at a time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.stem}.partial.npz")
-    np.savez(beside, **arrays)  # type: ignore[arg-type]
-    beside.replace(file)
+    if not file.exists():
+        with file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                beside = file.with_name(f".{file.stem}.partial.npz")
+                np.savez(beside, allow_pickle=False, **make())
+                beside.replace(file)
+    with np.load(file) as saved:
+        return {name: saved[name] for name in saved.files}
+
+
+def fingerprint(victim: nn.Module, *images: NDArray[np.uint8]) -> str:
+    """Names what is made for these weights and images: bundles of one public victim share its attacks."""
+    digest = hashlib.sha256()
+    for tensor in victim.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for array in images:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ from hardening.knn import knn_predict
 from hardening.measure.baselines import Baseline, fit_baseline, train_baseline
 from hardening.measure.changes import honest_changes
 from hardening.measure.knowing import attack_knowing, target_of
-from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
+from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, fingerprint, kept, load_universal
 from hardening.measure.records import CLEAN, Origin, Record, once
 from hardening.measure.rivals import Rival, fit_rivals
 from hardening.measure.sizes import Size
@@ -89,14 +89,14 @@ def craft_perturbations(
     images = attackers_images(root, bundle.manifest, size.surrogate, plan.out / "data" / name, bars)
     for epsilon in plan.epsilons:
         for seed in plan.seeds:
-            file = perturbation_file(plan, attack, epsilon, seed)
+            file = attack_file(plan, attack, epsilon, seed, victim)
             craft_universal(attack, victim, images, epsilon, seed, size, file, plan.device, bars)
 
 
-def perturbation_file(plan: Plan, attack: str, epsilon: float, seed: int) -> Path:
-    """Where a universal perturbation is kept."""
-    label = plan.origin.bundle.replace("/", "-")
-    return plan.out / "perturbations" / f"{label}-{attack}-{epsilon:g}-{seed}.npz"
+def attack_file(plan: Plan, attack: str, epsilon: float, seed: int, victim: nn.Module, *images: NDArray[np.uint8]) -> Path:
+    """Where an attack on the public victim is kept: a perturbation for all images, or `images` attacked one by one."""
+    folder = f"{plan.origin.size}-{fingerprint(victim, *images)}"
+    return plan.out / "attacks" / folder / f"{attack}-{epsilon:g}-{seed}.npz"
 
 
 def train_defence(plan: Plan, name: str, root: Path, baseline: str, *, bars: Bars) -> None:
@@ -164,7 +164,6 @@ class _Room:
         self.plan, self.size, self.bundle, self.graph, self.task, self.bars = plan, size, bundle, graph, task, bars
         self.manifest = bundle.manifest
         self.label = plan.origin.bundle.replace("/", "-")
-        self._attacked: dict[tuple[str, float, int], NDArray[np.uint8]] = {}
         self.before = self.values(task.images, "clean test images")
         self.predicted = task.predictions(self.before, self.manifest)
         self.victim = graph.encoder(TRIPWIRE)
@@ -209,15 +208,15 @@ class _Room:
 
     def attacked(self, attack: str, epsilon: float, seed: int) -> NDArray[np.uint8]:
         """The test images [N, H, W, 3] under an attack on the public victim."""
-        plan, task, key = self.plan, self.task, (attack, epsilon, seed)
+        plan, task, common = self.plan, self.task, (attack, epsilon, seed)
         if attack in UNIVERSAL:
-            return load_universal(perturbation_file(plan, *key))(task.images)
-        if key not in self._attacked:
-            # The last one alone is kept, for the other detectors.
-            self._attacked = {
-                key: craft(attack, self.victim, task.images, task.targets, epsilon, seed, self.size, plan.device, self.bars)
-            }
-        return self._attacked[key]
+            return load_universal(attack_file(plan, *common, self.victim))(task.images)
+
+        def make() -> dict[str, NDArray[np.uint8]]:
+            found = craft(attack, self.victim, task.images, task.targets, epsilon, seed, self.size, plan.device, self.bars)
+            return {"attacked": found}
+
+        return kept(attack_file(plan, *common, self.victim, task.images, task.targets), make)["attacked"]
 
     def rivals(self, rivals: list[Rival], attack: str, epsilon: float, seed: int) -> list[Record]:
         """What other detectors make of the same attacked images."""

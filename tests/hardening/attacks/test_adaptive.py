@@ -17,10 +17,9 @@ from hardening.attacks.adaptive import (
     log_odds,
     margin,
     orthogonal,
-    orthogonal_pgd,
     penalised,
-    selective_pgd,
     switching,
+    two_aims,
 )
 from hardening.attacks.head_aware import pgd_head
 from hardening.attacks.target import NeedsHeads, Seen, Target
@@ -249,7 +248,7 @@ def test_the_joint_attack_makes_the_branches_agree(target: Target, batch: tuple[
 def test_without_labels_the_clean_prediction_is_the_truth(target: Target, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     told, guessed = (
-        selective_pgd(target, images, given, epsilon=EPSILON, steps=3, generator=generator()) for given in (labels, None)
+        two_aims(target, images, given, epsilon=EPSILON, steps=3, generator=generator()) for given in (labels, None)
     )
     assert torch.equal(told, guessed)
 
@@ -261,7 +260,9 @@ def test_attacks_through_heads_say_that_they_need_them(batch: tuple[Tensor, Tens
 
 
 def test_attacks_are_seeded(target: Target, batch: tuple[Tensor, Tensor]) -> None:
-    first, again = (orthogonal_pgd(target, *batch, epsilon=EPSILON, steps=3, generator=generator(seed)) for seed in (1, 1))
+    first, again = (
+        two_aims(target, *batch, epsilon=EPSILON, steps=3, generator=generator(seed), project=True) for seed in (1, 1)
+    )
     assert torch.equal(first, again)
 
 
@@ -291,8 +292,8 @@ def test_the_suite_on_trained_networks(toy_encoder: Encoder) -> None:
     pictures, answers = patterns(3, seed=8)
     x, y = as_input(pictures), torch.as_tensor(answers)
     before = judged(target, pgd_head(target, x, y, epsilon=24 / 255, steps=25, generator=generator()), y)[1]
-    for attack in (selective_pgd, orthogonal_pgd):
-        found = attack(target, x, y, epsilon=24 / 255, steps=25, generator=generator())
+    for name in ("T5-selective", "T5-orthogonal"):
+        found = ADAPTIVE[name](target, x, y, epsilon=24 / 255, steps=25, generator=generator())
         after = judged(target, found, y)[1]
         assert after.float().mean() > before.float().mean() + 0.5
     assert all(p.grad is None for encoder in encoders.values() for p in encoder.parameters())
