@@ -1,9 +1,9 @@
 """Task heads: classifiers on a bundle's frozen branches, trained from a labelled folder, without torch.
 
-Each branch of the embedding gets a linear head; the fusion of their logits and the last softmax are part of one small ONNX
-graph. `guarded`, the default: the heads are fitted together, so that each brings what the others lack, and `branches.guard`
-takes the vote from a branch that its own evidence speaks against. `rfdm`: the paper's fusion (ZePAD section 3), where each
-head is fitted alone, as `branches.train_head` does, and votes by its own certainty.
+Each branch of the embedding gets a linear head, fitted alone as `branches.train_head` does; the fusion of their logits and
+the last softmax are part of one small ONNX graph. `rfdm` is the paper's fusion (ZePAD section 3): each head votes by its own
+certainty. `guarded`, the default, multiplies that vote by `branches.guard`, which takes it from a branch that its own
+evidence speaks against.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def add_head(
     test = np.array([path in testing for path in answers.paths])
     _check_counts(labels[~test], data.classes)
     train, validation = hold_out(labels, ~test, seed)
-    heads = train_heads(manifest, answers.embedding[train], labels[train], len(data.classes), fusion)
+    heads = train_heads(manifest, answers.embedding[train], labels[train], len(data.classes))
     graph = head_graph(manifest, heads, fusion)
     where = folder.resolve().name
     task = Task(
@@ -188,33 +188,18 @@ def hold_out(labels: NDArray[np.int64], usable: NDArray[np.bool_], seed: int) ->
     return np.array(sorted(train), dtype=np.int64), np.array(sorted(validation), dtype=np.int64)
 
 
-def train_heads(
-    manifest: Manifest, embedding: NDArray[np.float32], labels: NDArray[np.int64], classes: int, fusion: Fusion
-) -> list[Linear]:
-    """A linear head for each MPAE and BMP branch, fitted on its slice of embeddings [N, D] with labels [N] in 0..C-1.
-
-    For `guarded` they are one regression on all slices, cut into branches: the mean of their logits is that regression's.
-    """
+def train_heads(manifest: Manifest, embedding: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> list[Linear]:
+    """A linear head for each MPAE and BMP branch, fitted on its slice of embeddings [N, D] with labels [N] in 0..C-1."""
     parts = [branch for branch in manifest.branches if branch.embedding_dim]
-    starts = np.cumsum([0, *(branch.embedding_dim for branch in parts)])
-    slices = {
-        branch.name: slice(start, start + branch.embedding_dim)
-        for branch, start in zip(parts, starts, strict=False)
-        if branch.role != "tripwire"
-    }
     # The embedding is the unit-length features side by side, divided by this.
     root = math.sqrt(len(parts))
-    features = embedding.astype(np.float64) * root
-    if fusion == "rfdm":
-        fitted = {name: _fit(features[:, place], labels, classes) for name, place in slices.items()}
-        return [Linear(name, slices[name].start, weight * root, bias) for name, (weight, bias) in fitted.items()]
-    together = np.concatenate([features[:, place] for place in slices.values()], axis=1)
-    weight, bias = _fit(together, labels, classes)
-    heads, row = [], 0
-    for name, place in slices.items():
-        width = place.stop - place.start
-        heads.append(Linear(name, place.start, weight[row : row + width] * root * len(slices), bias))
-        row += width
+    heads, start = [], 0
+    for branch in parts:
+        end = start + branch.embedding_dim
+        if branch.role != "tripwire":
+            weight, bias = _fit(embedding[:, start:end].astype(np.float64) * root, labels, classes)
+            heads.append(Linear(branch.name, start, weight * root, bias))
+        start = end
     return heads
 
 
@@ -240,17 +225,18 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
         node("Slice", ["embedding", f"{b}_start", f"{b}_end", "columns"], f"{b}_features")
         node("Gemm", [f"{b}_features", f"{b}_weight", f"{b}_bias"], f"{b}_logits")
         node("Unsqueeze", [f"{b}_logits", "columns"], f"{b}_row")
+    # RFDM: c = m exp(k (m - 1/2)), with m the largest probability of each branch.
+    constants["half"], constants["steepness"] = np.array(0.5, np.float32), np.array(RFDM_K, np.float32)
+    for head in heads:
+        node("Softmax", [f"{head.branch}_logits"], f"{head.branch}_probabilities", axis=1)
+        node("ReduceMax", [f"{head.branch}_probabilities"], f"{head.branch}_certainty", axes=[1], keepdims=1)
+    node("Concat", [f"{head.branch}_certainty" for head in heads], "certainty", axis=1)
+    node("Sub", ["certainty", "half"], "centred")
+    node("Mul", ["centred", "steepness"], "exponent")
+    node("Exp", ["exponent"], "boost")
+    node("Mul", ["certainty", "boost"], "rfdm")
     if fusion == "rfdm":
-        # RFDM: c = m exp(k (m - 1/2)), with m the largest probability of each branch.
-        constants["half"], constants["steepness"] = np.array(0.5, np.float32), np.array(RFDM_K, np.float32)
-        for head in heads:
-            node("Softmax", [f"{head.branch}_logits"], f"{head.branch}_probabilities", axis=1)
-            node("ReduceMax", [f"{head.branch}_probabilities"], f"{head.branch}_certainty", axes=[1], keepdims=1)
-        node("Concat", [f"{head.branch}_certainty" for head in heads], "certainty", axis=1)
-        node("Sub", ["certainty", "half"], "centred")
-        node("Mul", ["centred", "steepness"], "exponent")
-        node("Exp", ["exponent"], "boost")
-        node("Mul", ["certainty", "boost"], "vote")
+        node("Identity", ["rfdm"], "vote")
     else:
         constants["voters"] = np.array([names.index(head.branch) for head in heads], np.int64)
         constants["floor"] = np.array(GUARD_FLOOR, np.float32)
@@ -258,7 +244,8 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
         constants["most"] = np.array(1, np.float32)
         node("Gather", ["confidence", "voters"], "trust", axis=1)
         node("Div", ["trust", "floor"], "relative")
-        node("Clip", ["relative", "least", "most"], "vote")
+        node("Clip", ["relative", "least", "most"], "guard")
+        node("Mul", ["rfdm", "guard"], "vote")
     node("ReduceSum", ["vote", "columns"], "votes", keepdims=1)
     node("Div", ["vote", "votes"], "share")
     node("Unsqueeze", ["share", "last"], "share_column")

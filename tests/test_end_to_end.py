@@ -137,7 +137,7 @@ def test_hardening_helps_against_attacks_on_the_public_victim(records: list[Reco
     undefended = value(records, "robust_acc", "undefended victim", attack)
     # The attack is real: it costs the undefended victim much of what it knows.
     assert undefended < value(records, "clean_acc", "undefended victim", "clean") - 0.2
-    for system in ("hardened victim alone", "three branches, RFDM", "three branches, guarded RFDM"):
+    for system in ("hardened victim alone", "three branches, RFDM", "three branches, guarded"):
         assert value(records, "robust_acc", system, attack) > undefended + 0.15
     embedding = value(records, "knn_acc", "returned embedding", attack)
     assert embedding > value(records, "knn_acc", "undefended victim", attack) + 0.15

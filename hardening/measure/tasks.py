@@ -31,7 +31,6 @@ SYSTEMS = (
     "BMP alone",
     "three branches, plain average",
     "three branches, RFDM",
-    "three branches, guarded RFDM",
     GUARDED,
 )
 Images = Path | data.Dataset
@@ -72,18 +71,16 @@ class Task:
     def system_logits(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
         """Logits [N, C] by system, differentiable. `values` are features by branch, `embedding` and `confidence`."""
         logits = torch.stack([self.heads[name](values[name]) for name in BRANCHES], dim=1)
-        weights = rfdm_weights(logits)
+        served = self.served_logits(values["embedding"])
         names = [branch.name for branch in manifest.branches]
-        confidence = values["confidence"][:, [names.index(name) for name in BRANCHES]]
-        voters = values["confidence"][:, [names.index(head.branch) for head in self.served]]
+        confidence = values["confidence"][:, [names.index(head.branch) for head in self.served]]
         found = {
             "hardened victim alone": logits[:, BRANCHES.index(MPAE[0])],
             "hardened auxiliary alone": logits[:, BRANCHES.index(MPAE[1])],
             "BMP alone": logits[:, BRANCHES.index("bmp")],
             "three branches, plain average": logits.mean(dim=1),
-            "three branches, RFDM": fuse(logits, weights),
-            "three branches, guarded RFDM": fuse(logits, guard(weights, confidence)),
-            GUARDED: fuse(self.served_logits(values["embedding"]), guard(torch.ones_like(voters), voters)),
+            "three branches, RFDM": fuse(logits, rfdm_weights(logits)),
+            GUARDED: fuse(served, guard(rfdm_weights(served), confidence)),
         }
         if TRIPWIRE in values:
             found[UNDEFENDED] = self.heads[TRIPWIRE](values[TRIPWIRE])
@@ -158,7 +155,7 @@ def load_task(
     served: list[Linear] = []
     if dataset.labelled:
         heads = {branch: train_head(gallery[branch], fit_labels) for branch in graph.feature_names}
-        served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes), "guarded")
+        served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes))
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
     other = np.roll(np.arange(len(test)), 1)
     if len(np.unique(labels)) > 1:

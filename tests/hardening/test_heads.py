@@ -34,13 +34,12 @@ def by_the_formulas(
 ) -> NDArray[np.float64]:
     """Probabilities [N, C] in float64, written down from the paper and not from the graph."""
     logits = np.stack([embedding[:, h.start : h.start + len(h.weight)] @ h.weight + h.bias for h in heads], axis=1)
+    m = softmax(logits).max(axis=2)
+    weights = m * np.exp(3 * (m - 0.5))
     if fusion == "guarded":
         names = [branch.name for branch in manifest.branches]
         trust = np.stack([confidence[:, names.index(h.branch)] for h in heads], axis=1)
-        weights = np.clip(trust.astype(np.float64) / 0.1, 1e-6, 1)
-    else:
-        m = softmax(logits).max(axis=2)
-        weights = m * np.exp(3 * (m - 0.5))
+        weights = weights * np.clip(trust.astype(np.float64) / 0.1, 1e-6, 1)
     weights = weights / weights.sum(axis=1, keepdims=True)
     return softmax((weights[:, :, None] * logits).sum(axis=1))
 
@@ -85,7 +84,7 @@ def test_the_formulas_are_those_of_the_branches(tiny: Path, fusion: Fusion) -> N
     logits = torch.stack(stacked, dim=1)
     weights = rfdm_weights(logits)
     if fusion == "guarded":
-        weights = guard(torch.ones_like(weights), torch.as_tensor(confidence[:, :3], dtype=torch.float64))
+        weights = guard(weights, torch.as_tensor(confidence[:, :3], dtype=torch.float64))
     expected = fuse(logits, weights).softmax(dim=1).numpy()
     np.testing.assert_allclose(by_the_formulas(manifest, heads, embedding, confidence, fusion), expected, atol=1e-9)
 
@@ -101,7 +100,7 @@ def test_columns_are_picked_by_name(tiny: Path) -> None:
         session = ort.InferenceSession(head_graph(one, drawn_heads(), "guarded"), providers=["CPUExecutionProvider"])
         answers.append(session.run(None, {"embedding": embedding, "confidence": columns})[0])
     np.testing.assert_array_equal(*answers)
-    starts = [head.start for head in train_heads(moved, np.tile(embedding, (2, 1)), np.arange(80) % 2, 2, "guarded")]
+    starts = [head.start for head in train_heads(moved, np.tile(embedding, (2, 1)), np.arange(80) % 2, 2)]
     assert starts == [0, 8, 16]
 
 
@@ -115,7 +114,7 @@ def test_a_tripwire_that_is_part_of_the_embedding_has_no_vote(tiny: Path) -> Non
     )
     other = manifest.model_copy(update={"branches": branches})
     embedding, _ = some(80)
-    heads = train_heads(other, embedding, np.arange(80) % 2, 2, "guarded")
+    heads = train_heads(other, embedding, np.arange(80) % 2, 2)
     assert [(head.branch, head.start) for head in heads] == [("victim", 0), ("clean", 16)]
 
 
@@ -137,27 +136,10 @@ def test_a_branchs_head_is_the_one_that_evaluation_trains(tiny: Path, classes: i
     embedding, _ = some(90)
     embedding[:, 0] += (labels * 0.4).astype(np.float32)
     embedding[:, 3] = np.float32(0.2) + rng.normal(0, 1e-5, 90).astype(np.float32)  # a channel that hardly moves
-    head = train_heads(load_bundle(tiny).manifest, embedding, labels, classes, "rfdm")[0]
+    head = train_heads(load_bundle(tiny).manifest, embedding, labels, classes)[0]
     features = torch.as_tensor(embedding[:, :8]) * np.float32(np.sqrt(3))
     expected = train_head(features, labels)(features).numpy()
     np.testing.assert_allclose(embedding[:, :8] @ head.weight + head.bias, expected, atol=2e-3)
-
-
-def test_guarded_heads_are_one_regression_and_need_all_branches(tiny: Path) -> None:
-    """Half of what tells the classes apart is in one branch, half in another: heads fitted alone, and averaged, see less."""
-    embedding, _ = some(300)
-    labels = (3 * (embedding[:, 0] + embedding[:, 8]) > 0).astype(np.int64)
-    manifest, trusted = load_bundle(tiny).manifest, np.ones((300, 4), np.float32)
-    heads = train_heads(manifest, embedding, labels, 2, "guarded")
-    features = torch.as_tensor(embedding) * np.float32(np.sqrt(3))
-    expected = train_head(features, labels)(features).softmax(dim=1).numpy()
-    found = by_the_formulas(manifest, heads, embedding, trusted, "guarded")
-    np.testing.assert_allclose(found, expected, atol=2e-3)
-    alone = train_heads(manifest, embedding, labels, 2, "rfdm")
-    right = [
-        np.log(by_the_formulas(manifest, h, embedding, trusted, "guarded")[range(300), labels]).mean() for h in (heads, alone)
-    ]
-    assert right[0] > right[1] + 0.1
 
 
 def test_training_publishes_a_version_that_classifies(tiny: Path, digits: Path) -> None:

@@ -107,7 +107,7 @@ def test_the_guard_reads_each_branchs_own_confidence() -> None:
             task: Task = SimpleNamespace(heads=heads, served=served)  # type: ignore[assignment]
             task.served_logits = partial(Task.served_logits, task)  # type: ignore[method-assign]
             logits = Task.system_logits(task, {**values, "confidence": confidence}, manifest)  # type: ignore[arg-type]
-            for system in (GUARDED, "three branches, guarded RFDM"):
+            for system in (GUARDED, "three branches, RFDM"):
                 assert int(logits[system].argmax()) == expected
 
 
