@@ -87,7 +87,7 @@ def fuse(logits: Tensor, weights: Tensor) -> Tensor:
     return (weights[..., None] * logits).sum(dim=1)
 
 
-def guard(weights: Tensor, confidence: Tensor, floor: float = 0.1) -> Tensor:
+def guard(weights: Tensor, confidence: Tensor, floor: float = 0.03) -> Tensor:
     """Take the vote from a branch that its own evidence speaks against.
 
     Confidence-weighted fusion hands the vote to whichever branch was broken into certainty; here each weight [N, B] is

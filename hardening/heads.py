@@ -34,7 +34,7 @@ from model_store.tasks import TaskHead, check_head
 
 Fusion = Literal["guarded", "rfdm"]
 RFDM_K = 3.0
-GUARD_FLOOR, GUARD_LEAST = 0.1, 1e-6
+GUARD_FLOOR, GUARD_LEAST = 0.03, 1e-6
 VALIDATION_SHARE = 0.15
 FOLDS = 3
 MIN_PER_CLASS = 5

@@ -12,13 +12,15 @@ the hardened branches, is suspicious. Evidence, each higher = more suspicious:
 
 Each evidence becomes a normal score by its quantiles among the clean images that the detector was fitted on. A branch's
 normal scores are added (Stouffer et al. 1949), because a universal perturbation moves all of them a little. The sum's
-conformal p-value among the same clean images is the branch's confidence, and the score is the larger -ln p of tripwire and
-BMP. The score's own calibration, on other images, makes the verdict valid whatever happened here. The cross residuals guard
-the MPAE branches' votes but do not enter the score.
+conformal p-value among the same clean images is the branch's confidence, and the score is the larger -ln(p / share) of
+tripwire and BMP (weighted p-values: Genovese et al. 2006): nine tenths of the false alarms are the tripwire's, because BMP's
+evidence speaks against an attack on BMP itself alone. The score's own calibration, on other images, makes the verdict valid
+whatever happened here. The cross residuals guard the MPAE branches' votes but do not enter the score.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -40,6 +42,8 @@ BLUR, ZOOM = "@blur", "@zoom"
 _COMPONENTS = 96
 _LEVELS = (0.99, 0.95, 0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02, 0.01)
 """Tail probabilities at which the tables have their knots; beyond the last a straight line goes on."""
+_SHARES = {TRIPWIRE: 0.9, BMP: 0.1}
+"""Of the false alarms, by branch."""
 _TAIL = 0.1
 """Where the tail begins whose slope goes on."""
 _FOLDS = KFold(5, shuffle=True, random_state=0)
@@ -63,7 +67,7 @@ class ConsistencyDetector(Detector):
     name = "consistency"
     description = (
         "the undefended victim kept as tripwire; shifts of tripwire and BMP under blur and zoom, their residuals from the "
-        "MPAE branches' prediction; sum of normal scores and conformal p per branch; score = larger -ln p"
+        "MPAE branches' prediction; sum of normal scores and conformal p per branch; score = larger -ln(p / share)"
     )
     views = (*BRANCHES, TRIPWIRE, TRIPWIRE + BLUR, TRIPWIRE + ZOOM, BMP + BLUR)
     branches = (*BRANCHES, TRIPWIRE)
@@ -142,14 +146,14 @@ class ConsistencyDetector(Detector):
     def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """See Detector."""
         surprise = self.minus_log_p(self.evidence(features))
-        scored = [self.branches.index(name) for name in (TRIPWIRE, BMP)]
-        return torch.exp(-surprise), surprise[:, scored].amax(dim=1)
+        scored = [surprise[:, self.branches.index(name)] + math.log(share) for name, share in _SHARES.items()]
+        return torch.exp(-surprise), torch.stack(scored, dim=1).amax(dim=1)
 
     def parameters_for_people(self) -> dict[str, Any]:
         """What was measured on how many clean images."""
         return {
             "evidence": [f"{name}: {kind}" for name, kind in _EVIDENCE],
-            "scored": [TRIPWIRE, BMP],
+            "scored": dict(_SHARES),
             "fitted_on": self.clean_images,
         }
 

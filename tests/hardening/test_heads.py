@@ -39,7 +39,7 @@ def by_the_formulas(
     if fusion == "guarded":
         names = [branch.name for branch in manifest.branches]
         trust = np.stack([confidence[:, names.index(h.branch)] for h in heads], axis=1)
-        weights = weights * np.clip(trust.astype(np.float64) / 0.1, 1e-6, 1)
+        weights = weights * np.clip(trust.astype(np.float64) / 0.03, 1e-6, 1)
     weights = weights / weights.sum(axis=1, keepdims=True)
     return softmax((weights[:, :, None] * logits).sum(axis=1))
 
