@@ -1,4 +1,4 @@
-"""The two gates: MPAE (victim and auxiliary, adversarially tuned) and BMP (clean local data only), and their fusion."""
+"""The two gates: MPAE (victim and auxiliary, adversarially tuned) and BMP (local data only), and their fusion."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def _branches(recipe: Recipe, calibrated: Calibrated, tuned: dict[str, Encoder])
     described = {
         MPAE[0]: f"the public victim ({recipe.victim.architecture}), adversarially fine-tuned",
         MPAE[1]: f"a second public encoder ({recipe.auxiliary.architecture}), adversarially fine-tuned",
-        BMP: f"an encoder ({recipe.bmp.architecture}) that was trained on clean local images only",
+        BMP: f"an encoder ({recipe.bmp.architecture}) that knows local images only, {_bmp_training(recipe)}",
         TRIPWIRE: f"the public victim ({recipe.victim.architecture}) as it was; watched, not part of the embedding",
     }
     return tuple(
@@ -262,6 +262,11 @@ def _branches(recipe: Recipe, calibrated: Calibrated, tuned: dict[str, Encoder])
         )
         for name in calibrated.gate.detector.branches
     )
+
+
+def _bmp_training(recipe: Recipe) -> str:
+    epsilon = recipe.bmp_finetune.epsilon if recipe.bmp_finetune.epochs else 0
+    return f"lightly hardened against transfer (epsilon {epsilon:g})" if epsilon else "and only clean ones"
 
 
 def _training_seconds(run: Path) -> dict[str, int]:

@@ -126,9 +126,12 @@ class Recipe(_Part):
     splits: Splits = Splits()
     victim: EncoderSpec = Field(description="the public encoder whose applications are to be protected")
     auxiliary: EncoderSpec = Field(description="a second public encoder, of another SSL method or architecture")
-    bmp: EncoderSpec = Field(description="the encoder that will know only clean local data")
+    bmp: EncoderSpec = Field(description="the encoder that will know only local data")
     finetune: Finetune = Finetune()
-    bmp_finetune: Finetune = Finetune(epsilon=0, epochs=4)
+    bmp_finetune: Finetune = Field(
+        default=Finetune(epsilon=0, epochs=4),
+        description="on clean images; a small `epsilon` (2) keeps attacks on the victim from transferring to BMP",
+    )
     detector: Literal["consistency", "paper"] = "consistency"
     evaluate: Evaluate = Evaluate()
 
