@@ -107,8 +107,7 @@ def test_the_guard_reads_each_branchs_own_confidence() -> None:
             task: Task = SimpleNamespace(heads=heads, served=served)  # type: ignore[assignment]
             task.served_logits = partial(Task.served_logits, task)  # type: ignore[method-assign]
             logits = Task.system_logits(task, {**values, "confidence": confidence}, manifest)  # type: ignore[arg-type]
-            for system in (GUARDED, "three branches, RFDM"):
-                assert int(logits[system].argmax()) == expected
+            assert int(logits[GUARDED].argmax()) == expected
 
 
 def plan(place: Path, out: Path, **changed: object) -> Plan:
@@ -159,6 +158,24 @@ def test_the_calibration_is_not_touched(toy_bundles: tuple[Path, Path], toy_data
     assert alarms(images, tmp_path / "clean") < 0.2
     images[toy_dataset.splits["test"]] = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3))
     assert alarms(images, tmp_path / "noise") > 0.5  # noise is no clean photograph, and nothing adapts to it
+
+
+def test_bundles_of_one_public_victim_share_its_attacks(
+    toy_bundles: tuple[Path, Path], toy_dataset: Dataset, tmp_path: Path
+) -> None:
+    def kept() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "attacks").rglob("*.npz")}
+
+    measured(plan(toy_bundles[0], tmp_path, attacks=("pgd", "uap")), toy_dataset)
+    made = kept()
+    assert len(made) == 2
+    other = dataclasses.replace(ORIGIN, bundle="toy/2")
+    found = measured(plan(toy_bundles[1], tmp_path, attacks=("pgd", "uap"), origin=other), toy_dataset)
+    assert kept() == made
+    assert {r.bundle for r in found if r.attack == "pgd"} == {"toy", "toy/2"}
+    other_images = dataclasses.replace(toy_dataset, images=255 - np.array(toy_dataset.images))
+    measured(plan(toy_bundles[0], tmp_path, attacks=("pgd",), origin=dataclasses.replace(ORIGIN, bundle="x")), other_images)
+    assert len(kept()) == 3  # other images, other attacks on them
 
 
 def test_a_bundle_without_a_tripwire_needs_the_public_victim(
