@@ -39,7 +39,7 @@ _FAMILIES = {
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1d2733}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-th,td{padding:.3rem .7rem;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap}
+th,td{padding:.3rem .7rem;border-bottom:1px solid #d8dee4;text-align:right}td{white-space:nowrap}th{vertical-align:bottom}
 th:first-child,td:first-child{text-align:left}th{background:#f3f6f8}img{max-width:100%}.miss{color:#b00020}
 """
 
