@@ -34,6 +34,9 @@ def evaluate(
     adaptive: Annotated[
         str, typer.Option(help="Of the adaptive suite, by attackers who know the method; comma-separated, or `all`.")
     ] = "none",
+    convergence: Annotated[
+        bool, typer.Option("--convergence", help="Also make each attack with an eighth, a quarter and half of its steps.")
+    ] = False,
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Other detectors on the same attacked images, BEYOND among them.")
     ] = False,
@@ -80,6 +83,7 @@ def evaluate(
             adaptive=_names(adaptive, knowing.KNOWING),
             rivals=rivals,
             baselines=_names(baselines, tuple(BASELINES)),
+            convergence=convergence,
             epsilons=[_number(text) for text in epsilons.split(",")],
             seeds=[int(_number(text)) for text in seeds.split(",")],
             workers=workers,

@@ -19,7 +19,7 @@ from hardening.measure.oblivious import ATTACKS, NOISE, OBLIVIOUS
 from hardening.measure.records import CLEAN, Record, mean_and_spread
 from hardening.measure.rivals import FORWARDS
 from hardening.measure.sizes import SIZES
-from hardening.measure.suite import BUDGETS, NEIGHBOURS, RETURNED
+from hardening.measure.suite import BUDGETS, LESS_EFFORT, NEIGHBOURS, RETURNED
 from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED
 
 mpl.use("Agg")
@@ -123,6 +123,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     _detection(numbers, page)
     _rivals(numbers, page)
     _quiet(numbers, page)
+    _convergence(numbers, page)
     _knowing(numbers, page)
     _embedding(numbers, page)
     _plots(numbers, page)
@@ -308,6 +309,48 @@ def _knowing(numbers: _Numbers, page: _Page) -> None:
                     ]
                 )
     page.table(header, rows)
+
+
+def _convergence(numbers: _Numbers, page: _Page) -> None:
+    epsilon, attacks = _converging(numbers)
+    if not attacks:
+        return
+    page.heading(2, "Do the attacks converge? Fooling rate of the undefended victim, %")
+    page.text(
+        f"Each attack with a share of its steps or epochs; eps {epsilon:g}. Where the last doubling of the effort still "
+        "brings much, a stronger attacker than the one measured is easy to have."
+    )
+    shares = (*LESS_EFFORT, 1)
+    for task in numbers.tasks:
+
+        def cells(attack: str, task: str = task) -> list[list[float]]:
+            return [numbers.values(f"fooling_rate@effort {s:g}", UNDEFENDED, task, attack, epsilon) for s in shares]
+
+        there = [attack for attack in attacks if all(cells(attack))]
+        if not there:
+            continue
+        rows = [[a, *(f"{100 * mean_and_spread(v)[0]:.1f}" for v in cells(a))] for a in there]
+        page.table([f"{task}: attack", *(f"effort {share:g}" for share in shares)], rows)
+
+        def curves(axes: Axes, there: Sequence[str] = there, cells: Callable[[str], list[list[float]]] = cells) -> None:
+            for colour, attack in zip(_SHOWN, there, strict=False):
+                rates = [100 * mean_and_spread(values)[0] for values in cells(attack)]
+                axes.plot(shares, rates, marker="o", markersize=3, color=colour, label=attack)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(shares, [f"{share:g}" for share in shares])
+            axes.set_xlabel("share of the attack's steps or epochs")
+            axes.set_ylabel("fooling rate of the undefended victim, %")
+            axes.set_ylim(0, 100)
+
+        title = f"Convergence: {task}, eps {epsilon:g}/255"
+        page.picture(f"convergence-{task}.png", _plot(curves, title), title)
+
+
+def _converging(numbers: _Numbers) -> tuple[float, list[str]]:
+    """The budget at which convergence was measured (the smallest, if there are several), and the attacks."""
+    found = [r for r in numbers.records if r.metric.startswith("fooling_rate@effort")]
+    epsilon = min((r.epsilon for r in found), default=0.0)
+    return epsilon, sorted({r.attack for r in found if r.epsilon == epsilon}, key=_order)
 
 
 def _embedding(numbers: _Numbers, page: _Page) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class Size:
     """Of PAP and SSP."""
     adaptive_images: int
     adaptive_steps: int
+
+    def effort(self, share: float) -> Size:
+        """The same attacks on the public victim with a share of their steps, at least one."""
+        efforts = ("pgd_steps", "uap_epochs", "generator_epochs", "iterations")
+        return replace(self, **{name: max(1, round(share * getattr(self, name))) for name in efforts})
 
 
 SIZES = {

@@ -9,7 +9,7 @@ The detector's thresholds are those of the bundle, fixed on clean images before 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from hardening.branches import TRIPWIRE
+from hardening.encoders import features
 from hardening.graph import Graph
 from hardening.knn import knn_predict
 from hardening.measure.baselines import Baseline, fit_baseline, train_baseline
 from hardening.measure.changes import honest_changes
 from hardening.measure.knowing import attack_knowing, target_of
-from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, fingerprint, kept, load_universal
+from hardening.measure.oblivious import NOISE, UNIVERSAL, craft, craft_universal, fingerprint, kept, load_universal
 from hardening.measure.records import CLEAN, Origin, Record, once
 from hardening.measure.rivals import Rival, fit_rivals
 from hardening.measure.sizes import Size
@@ -52,6 +53,8 @@ RETURNED = "returned embedding"
 NEIGHBOURS = 20
 _RECALL_AT = 10
 _EXAMPLES = 4
+LESS_EFFORT = (0.125, 0.25, 0.5)
+"""Shares of an attack's steps or epochs, to see whether more would bring more."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,21 @@ class Plan:
     """Other detectors that judge the same attacked images, by name."""
     baselines: tuple[str, ...]
     """Other defences, by name, trained from the same public victim."""
+    convergence: bool
+    """Whether the attacks on the public victim are also made with less effort, for the first budget and seed."""
     epsilons: tuple[float, ...]
     seeds: tuple[int, ...]
     out: Path
     origin: Origin
     device: str
+
+
+def with_effort(plan: Plan, share: float) -> Plan:
+    """The plan of the same attacks on the public victim with a share of their effort, kept under a name of their own."""
+    if share == 1:
+        return plan
+    origin = replace(plan.origin, size=f"{plan.origin.size}-effort-{share:g}")
+    return replace(plan, size=plan.size.effort(share), origin=origin, epsilons=plan.epsilons[:1], seeds=plan.seeds[:1])
 
 
 def craft_perturbations(
@@ -84,13 +97,13 @@ def craft_perturbations(
     `victim` is needed where the bundle has no tripwire.
     """
     bundle = load_bundle(plan.bundle)
-    size = plan.size
     victim = Graph(bundle.model, victim).to(plan.device).encoder(TRIPWIRE)
-    images = attackers_images(root, bundle.manifest, size.surrogate, plan.out / "data" / name, bars)
-    for epsilon in plan.epsilons:
-        for seed in plan.seeds:
-            file = attack_file(plan, attack, epsilon, seed, victim)
-            craft_universal(attack, victim, images, epsilon, seed, size, file, plan.device, bars)
+    images = attackers_images(root, bundle.manifest, plan.size.surrogate, plan.out / "data" / name, bars)
+    for one in (plan, *(with_effort(plan, share) for share in LESS_EFFORT if plan.convergence)):
+        for epsilon in one.epsilons:
+            for seed in one.seeds:
+                file = attack_file(one, attack, epsilon, seed, victim)
+                craft_universal(attack, victim, images, epsilon, seed, one.size, file, plan.device, bars)
 
 
 def attack_file(plan: Plan, attack: str, epsilon: float, seed: int, victim: nn.Module, *images: NDArray[np.uint8]) -> Path:
@@ -121,8 +134,8 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
     bundle = load_bundle(plan.bundle)
     graph = Graph(bundle.model, victim).to(plan.device)
     task = load_task(name, root, graph, bundle.manifest, size, plan.out / "data" / name, plan.device, bars)
-    if not task.heads and (plan.knowing or plan.rivals):
-        raise RecipeError(f"{name}: adaptive attacks and other detectors need labelled images, train/<class>/*")
+    if not task.heads and (plan.knowing or plan.rivals or plan.convergence):
+        raise RecipeError(f"{name}: adaptive attacks, other detectors and convergence need labelled images, train/<class>/*")
     room = _Room(plan, size, bundle, graph, task, bars)
     once(room.file(CLEAN), room.clean)
     cells = [(a, e, s) for a in plan.attacks for e in plan.epsilons for s in plan.seeds]
@@ -133,6 +146,8 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
             if rivals:
                 once(room.file(f"rivals {attack}", epsilon, seed), partial(room.rivals, rivals, attack, epsilon, seed))
             progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
+    for attack in (a for a in plan.attacks if plan.convergence and a != NOISE):
+        once(room.file(f"convergence {attack}", plan.epsilons[0], plan.seeds[0]), partial(room.convergence, attack))
     room.measure_baselines(cells)
     if not plan.knowing:
         return
@@ -206,14 +221,27 @@ class _Room:
         _save_examples(self.plan.out / "examples" / self.task.name / f"{attack}-{epsilon:g}.png", self.task.images, attacked)
         return self.judged(attack, epsilon, seed, attacked, slice(None))
 
-    def attacked(self, attack: str, epsilon: float, seed: int) -> NDArray[np.uint8]:
-        """The test images [N, H, W, 3] under an attack on the public victim."""
-        plan, task, common = self.plan, self.task, (attack, epsilon, seed)
+    def convergence(self, attack: str) -> list[Record]:
+        """What an attack does to the undefended victim with more and more effort."""
+        plan, task, head = self.plan, self.task, self.task.heads[TRIPWIRE]
+        epsilon, seed, before, records = plan.epsilons[0], plan.seeds[0], self.predicted[UNDEFENDED], []
+        for share in (*LESS_EFFORT, 1):
+            attacked = self.attacked(attack, epsilon, seed, share)
+            with torch.no_grad():
+                found = head(features(self.victim, attacked, device=plan.device)).argmax(dim=1).numpy()
+            rate = float((found != before).mean())
+            metric = f"fooling_rate@effort {share:g}"
+            records.append(plan.origin.record(metric, UNDEFENDED, task.name, attack, rate, len(attacked), epsilon, seed))
+        return records
+
+    def attacked(self, attack: str, epsilon: float, seed: int, share: float = 1) -> NDArray[np.uint8]:
+        """The test images [N, H, W, 3] under an attack on the public victim, made with a share of its effort."""
+        plan, task, common = with_effort(self.plan, share), self.task, (attack, epsilon, seed)
         if attack in UNIVERSAL:
             return load_universal(attack_file(plan, *common, self.victim))(task.images)
 
         def make() -> dict[str, NDArray[np.uint8]]:
-            found = craft(attack, self.victim, task.images, task.targets, epsilon, seed, self.size, plan.device, self.bars)
+            found = craft(attack, self.victim, task.images, task.targets, epsilon, seed, plan.size, plan.device, self.bars)
             return {"attacked": found}
 
         return kept(attack_file(plan, *common, self.victim, task.images, task.targets), make)["attacked"]

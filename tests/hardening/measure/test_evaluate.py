@@ -14,7 +14,7 @@ from hardening.measure.evaluate import EvaluationError, attack, evaluate
 from hardening.measure.knowing import AIMED_AT_FPR, HEAD_AWARE, threshold
 from hardening.measure.oblivious import AttackError
 from hardening.measure.records import Record, read
-from hardening.measure.suite import RETURNED
+from hardening.measure.suite import LESS_EFFORT, RETURNED
 from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED
 from hardening.recipe import RecipeError
 from model_store.bundle import load_bundle
@@ -34,6 +34,7 @@ def out(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path_factory: pyt
         attacks=("noise", "pgd", "uap"),
         adaptive=(HEAD_AWARE, "T5-selective"),
         rivals=True,
+        convergence=True,
         epsilons=(10.0, 40.0),
         seeds=(0,),
         command=["twogate", "evaluate"],
@@ -114,6 +115,24 @@ def test_other_detectors_judge_the_same_images(records: list[Record]) -> None:
     assert len({r.images for r in found.values()}) == 1
     # Another detector's number is another number.
     assert len({r.value for r in found.values()}) > 3
+
+
+def test_more_effort_is_a_stronger_attack(records: list[Record], out: Path) -> None:
+    def rates_of(name: str) -> list[float]:
+        return [value(records, f"fooling_rate@effort {s:g}", UNDEFENDED, name, 10.0) for s in (*LESS_EFFORT, 1)]
+
+    for name in ("pgd", "uap"):
+        rates = rates_of(name)
+        # With its whole effort it is the attack that is measured above.
+        assert rates[-1] == value(records, "fooling_rate", UNDEFENDED, name, 10.0)
+        assert rates[-1] >= rates[0]
+    # The toy's UAP is one epoch at any effort; PGD has five steps.
+    assert rates_of("pgd")[-1] > rates_of("pgd")[0] + 0.1
+    assert value(records, "fooling_rate@effort 0.125", UNDEFENDED, "pgd", 10.0) < 1
+    assert not any(r.metric.startswith("fooling_rate@effort") for r in records if r.attack == "noise" or r.epsilon == 40)
+    report = (out / "report.md").read_text()
+    assert "| patterns: attack | effort 0.125 | effort 0.25 | effort 0.5 | effort 1 |" in report
+    assert (out / "convergence-patterns.png").is_file()
 
 
 def test_heads_never_see_the_images_that_the_encoders_were_tuned_on(out: Path) -> None:
@@ -215,6 +234,6 @@ def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: P
     flat.mkdir()
     for index, file in enumerate(sorted(task_folder.rglob("*.png"))[:240]):
         shutil.copy(file, flat / f"{index}.png")
-    for asked in ({"adaptive": (HEAD_AWARE,)}, {"rivals": True}):
+    for asked in ({"adaptive": (HEAD_AWARE,)}, {"rivals": True}, {"convergence": True}):
         with pytest.raises(RecipeError, match="labelled"):
             evaluate([toy_bundles[0]], {"flat": flat}, tmp_path / "o", size="smoke", attacks=(), bars=QuietBars(), **asked)  # type: ignore[arg-type]

@@ -119,6 +119,7 @@ def plan(place: Path, out: Path, **changed: object) -> Plan:
         "knowing": (),
         "rivals": (),
         "baselines": (),
+        "convergence": False,
         "epsilons": (10.0,),
         "seeds": (0,),
         "out": out,
