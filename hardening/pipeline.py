@@ -224,7 +224,7 @@ def _measured(bundle: Bundle, recipe: Recipe, dataset: data.Dataset, run: Path, 
         bundle=bundle.path,
         surrogate=None,
         # All images that the recipe keeps for it, not a sample, fit the heads.
-        size=replace(SIZES[_SIZE], images=wanted.images, fit=len(dataset.images)),
+        size=replace(SIZES[_SIZE], images=wanted.images, clean=wanted.images, fit=len(dataset.images)),
         attacks=wanted.attacks,
         knowing=(),
         rivals=() if paper or not dataset.labelled else (PAPER,),

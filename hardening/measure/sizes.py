@@ -10,7 +10,9 @@ class Size:
     """Numbers of images, steps and epochs."""
 
     images: int
-    """Test images of each task."""
+    """Test images of each task, which are attacked."""
+    clean: int
+    """Test images for the accuracy and the false alarms without an attack, those above among them: they cost little each."""
     fit: int
     """Clean training images of a task for its heads, and as many at most for its own calibration."""
     surrogate: int
@@ -32,15 +34,15 @@ class Size:
 
 SIZES = {
     "smoke": Size(
-        images=40, fit=200, surrogate=64, pgd_steps=5, restarts=1, uap_epochs=1, generator_epochs=1, iterations=4,
+        images=40, clean=60, fit=200, surrogate=64, pgd_steps=5, restarts=1, uap_epochs=1, generator_epochs=1, iterations=4,
         adaptive_images=16, adaptive_steps=5,
     ),
     "small": Size(
-        images=300, fit=3000, surrogate=1000, pgd_steps=20, restarts=2, uap_epochs=5, generator_epochs=10, iterations=1000,
-        adaptive_images=100, adaptive_steps=40,
+        images=300, clean=2000, fit=3000, surrogate=1000, pgd_steps=20, restarts=2, uap_epochs=5, generator_epochs=10,
+        iterations=1000, adaptive_images=100, adaptive_steps=40,
     ),
     "full": Size(
-        images=1000, fit=10000, surrogate=10000, pgd_steps=50, restarts=5, uap_epochs=10, generator_epochs=20,
+        images=1000, clean=10000, fit=10000, surrogate=10000, pgd_steps=50, restarts=5, uap_epochs=10, generator_epochs=20,
         iterations=2000, adaptive_images=1000, adaptive_steps=200,
     ),
 }  # fmt: skip

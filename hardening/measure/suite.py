@@ -194,20 +194,21 @@ class _Room:
     def clean(self) -> list[Record]:
         """Accuracy without an attack, false alarms as it is calibrated and on its own domain, honest changes."""
         task, records = self.task, []
+        values, more = self.values(task.clean_images, "more clean test images"), len(task.clean_images)
 
         def add(metric: str, subject: str, value: Any, attack: str = CLEAN, n: int = len(task.images)) -> None:
             records.append(self.plan.origin.record(metric, subject, task.name, attack, value, n))
 
-        for system, predicted in self.predicted.items():
-            add("clean_acc", system, float((predicted == task.labels).mean()))
+        for system, predicted in task.predictions(values, self.manifest).items():
+            add("clean_acc", system, float((predicted == task.clean_labels).mean()), n=more)
         for subject, quality in self.neighbours(self.before).items():
             for metric, value in quality.items():
                 add(metric, subject, value)
         add("scores", "detector", [round(float(score), 4) for score in self.before["score"]])
         tables = {"bundle's calibration": self.manifest.calibration, "recalibrated": task.own_calibration}
         for name, table in tables.items():
-            for budget, value in flagged(table, self.before["score"].numpy()).items():
-                add(f"fpr@{budget:g}", name, value)
+            for budget, value in flagged(table, values["score"].numpy()).items():
+                add(f"fpr@{budget:g}", name, value, n=more)
         for change, images in honest_changes(task.images, 0).items():
             score = self.values(images, change)["score"].numpy()
             for name, table in tables.items():
@@ -277,7 +278,7 @@ class _Room:
         with self.bars.task(f"{task.name}: other defences", len(every)) as progress:
             for attack, epsilon, seed in every:
                 missing = [b for b in fitted if not self.file(f"{b.name} {attack}", epsilon, seed).exists()]
-                images = task.images
+                images = task.clean_images
                 if missing and attack != CLEAN:
                     images = self.attacked(attack, epsilon, seed)
                 for baseline in missing:
@@ -287,11 +288,12 @@ class _Room:
 
     def baseline(self, baseline: Baseline, attack: str, epsilon: float, seed: int, images: NDArray[np.uint8]) -> list[Record]:
         """A baseline's accuracy on the test images [N, H, W, 3], clean or attacked."""
-        labels, before = self.task.labels, baseline.before
+        labels = self.task.clean_labels if attack == CLEAN else self.task.labels
+        predicted = baseline.predict(images)
         if attack == CLEAN:
-            found = {"clean_acc": float((before == labels).mean())}
+            found = {"clean_acc": float((predicted == labels).mean())}
         else:
-            found = under_attack(baseline.predict(images), before, labels)
+            found = under_attack(predicted, baseline.before, labels)
         return [
             self.plan.origin.record(metric, baseline.system, self.task.name, attack, value, len(labels), epsilon, seed)
             for metric, value in found.items()

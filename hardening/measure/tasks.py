@@ -46,6 +46,9 @@ class Task:
     images: NDArray[np.uint8]
     """[N, H, W, 3], of `test/`."""
     labels: NDArray[np.int64]
+    clean_images: NDArray[np.uint8]
+    """[M, H, W, 3], of `test/`: more of them, for what is measured without an attack."""
+    clean_labels: NDArray[np.int64]
     targets: NDArray[np.uint8]
     """[N, H, W, 3]: for each test image another one, of another class, which a targeted attack imitates."""
     heads: dict[str, Head]
@@ -139,11 +142,11 @@ def load_task(
     dataset = read_images(root, manifest, into, bars)
     rng = np.random.default_rng(0)
 
-    def some(split: str, most: int) -> NDArray[np.int64]:
-        indices = dataset.splits[split]
-        return np.sort(rng.permutation(indices)[:most])
+    def shuffled(split: str) -> NDArray[np.int64]:
+        return rng.permutation(dataset.splits[split])
 
-    test, fit, own = some("test", size.images), some("fit", size.fit), some("calibration", size.fit)
+    every, fit, own = shuffled("test"), np.sort(shuffled("fit")[: size.fit]), np.sort(shuffled("calibration")[: size.fit])
+    test, clean = np.sort(every[: size.images]), np.sort(every[: max(size.images, size.clean)])
     gallery = graph_values(graph, dataset.images[fit], device, bars, f"{name}: clean features")
     fit_labels, labels = dataset.labels[fit], dataset.labels[test]
     present = np.unique(fit_labels)
@@ -164,6 +167,8 @@ def load_task(
         name=name,
         images=dataset.images[test],
         labels=labels,
+        clean_images=dataset.images[clean],
+        clean_labels=dataset.labels[clean],
         targets=dataset.images[test][other],
         heads=heads,
         served=tuple(served),
