@@ -29,7 +29,11 @@ HEAD_AWARE = "PGD-head"
 _THROUGH_HEADS: dict[str, Attack] = {HEAD_AWARE: pgd_head, "AutoAttack-no-FAB": auto_attack_without_fab}
 """These ignore the flag: they tell what is left of the accuracy alone."""
 _RUNS = {**_THROUGH_HEADS, **ADAPTIVE}
-KNOWING = tuple(_RUNS)
+MIXTURE = "@mixture"
+"""Behind an attack's name: it is made through the equal mixture of the branches' probabilities instead of the fusion that is
+served. No branch outshouts the others there, so all must be broken, and what breaks them carries over better."""
+_MIXED = tuple(f"{name}{MIXTURE}" for name in (HEAD_AWARE, "T4", "T5-selective"))
+KNOWING = (*_RUNS, *_MIXED)
 _BATCH = 50
 
 
@@ -47,8 +51,8 @@ def threshold(calibration: Calibration, budget: float) -> float:
     return float(scores[len(scores) - 1 - flagged])
 
 
-def target_of(graph: Graph, task: Task, manifest: Manifest) -> Target:
-    """The whole defence, differentiable: the graph, and a task's heads with their guarded fusion."""
+def target_of(graph: Graph, task: Task, manifest: Manifest, mixture: bool = False) -> Target:
+    """The whole defence, differentiable: the graph, and a task's heads with their guarded fusion, or as an equal mixture."""
     by_branch = graph.feature_names
     wanted = (*by_branch.values(), "embedding", "confidence", "score")
 
@@ -56,13 +60,15 @@ def target_of(graph: Graph, task: Task, manifest: Manifest) -> Target:
         found = graph(images, wanted)
         features = {branch: found[value] for branch, value in by_branch.items()}
         values = {**features, "embedding": found["embedding"], "confidence": found["confidence"]}
+        logits = task.served_logits(found["embedding"])
+        mixed = logits.log_softmax(dim=2).logsumexp(dim=1)
         return Seen(
             embedding=found["embedding"],
             confidence=found["confidence"],
             score=found["score"],
             features=features,
-            logits=task.served_logits(found["embedding"]),
-            fused=task.system_logits(values, manifest)[GUARDED],
+            logits=logits,
+            fused=mixed if mixture else task.system_logits(values, manifest)[GUARDED],
         )
 
     return Target(see, threshold(manifest.calibration, AIMED_AT_FPR))
@@ -82,12 +88,12 @@ def attack_knowing(
 ) -> NDArray[np.uint8]:
     """Attack images [N, H, W, 3] uint8 with labels [N]; `epsilon` in 1/255. Returns uint8, clipped and rounded."""
     generator = torch.Generator().manual_seed(seed)
-    parts = []
+    run, parts = _RUNS[name.removesuffix(MIXTURE)], []
     with bars.task(f"attack {name}", len(images)) as task:
         for start in range(0, len(images), _BATCH):
             x = as_input(images[start : start + _BATCH], device)
             y = torch.as_tensor(labels[start : start + _BATCH], device=device)
-            found = _RUNS[name](target, x, y, epsilon=epsilon / 255, steps=steps, generator=generator)
+            found = run(target, x, y, epsilon=epsilon / 255, steps=steps, generator=generator)
             parts.append(to_uint8(found.detach()))
             task.advance(len(x))
     return np.concatenate(parts)

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from hardening.encoders import as_input
 from hardening.graph import Graph
 from hardening.measure.evaluate import EvaluationError, attack, evaluate
-from hardening.measure.knowing import AIMED_AT_FPR, HEAD_AWARE, threshold
+from hardening.measure.knowing import AIMED_AT_FPR, HEAD_AWARE, target_of, threshold
 from hardening.measure.oblivious import AttackError
 from hardening.measure.records import Record, read
+from hardening.measure.sizes import SIZES
 from hardening.measure.suite import LESS_EFFORT, RETURNED
-from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED
+from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED, load_task
 from hardening.recipe import RecipeError
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
@@ -32,7 +35,7 @@ def out(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path_factory: pyt
         surrogate=toy_bundles[1],
         size="smoke",
         attacks=("noise", "pgd", "uap"),
-        adaptive=(HEAD_AWARE, "T5-selective"),
+        adaptive=(HEAD_AWARE, "T5-selective", "T5-selective@mixture"),
         rivals=True,
         convergence=True,
         epsilons=(10.0, 40.0),
@@ -95,6 +98,18 @@ def test_white_box_is_at_least_as_strong_as_grey(records: list[Record]) -> None:
     white = value(records, "robust_acc", GUARDED, f"white box {HEAD_AWARE}", 40.0)
     assert white <= value(records, "robust_acc", GUARDED, f"grey box {HEAD_AWARE}", 40.0)
     assert white < value(records, "clean_acc", GUARDED, "clean")
+
+
+def test_what_an_attacker_aims_at(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(toy_bundles[0])
+    graph = Graph(bundle.model)
+    task = load_task("patterns", task_folder, graph, bundle.manifest, SIZES["smoke"], tmp_path, "cpu", QuietBars())
+    images = as_input(task.images[:6])
+    served, mixture = (target_of(graph, task, bundle.manifest, mixture=mixed).see(images) for mixed in (False, True))
+    probabilities = served.require_logits().softmax(dim=2).mean(dim=1)
+    torch.testing.assert_close(mixture.require_fused().softmax(dim=1), probabilities)
+    assert not torch.allclose(served.require_fused(), mixture.require_fused())
+    torch.testing.assert_close(mixture.score, served.score)
 
 
 def test_numbers_hang_together(records: list[Record]) -> None:
@@ -169,7 +184,7 @@ def test_what_is_there_is_not_measured_again(
         surrogate=toy_bundles[1],
         size="smoke",
         attacks=("noise", "pgd", "uap"),
-        adaptive=(HEAD_AWARE, "T5-selective"),
+        adaptive=(HEAD_AWARE, "T5-selective", "T5-selective@mixture"),
         epsilons=(10.0, 40.0),
         seeds=(0,),
         bars=QuietBars(),
