@@ -202,7 +202,7 @@ def _defences(numbers: _Numbers, page: _Page) -> None:
             }
             # Means are compared over the same cells alone.
             means = {s: np.mean([np.mean(v) for v in values]) for s, values in found.items() if cells and all(values)}
-            if GUARDED not in means:
+            if GUARDED not in means or len(means) == 1:
                 continue
             row = [f"{100 * means[s]:.1f}" if s in means else "-" for s in [GUARDED, *beside]]
             best = max((s for s in beside if s in means), key=lambda s: means[s])
@@ -373,8 +373,10 @@ def _embedding(numbers: _Numbers, page: _Page) -> None:
 
 def _plots(numbers: _Numbers, page: _Page) -> None:
     page.heading(2, "Plots")
-    epsilon = numbers.epsilons[-1] if numbers.epsilons else 0.0
     for task in numbers.tasks:
+        # The largest budget of this task: another may have been measured at more of them.
+        budgets = [e for e in numbers.epsilons if any(numbers.lists("scores", task, a, e) for a in OBLIVIOUS)]
+        epsilon = budgets[-1] if budgets else 0.0
         clean = numbers.lists("scores", task, CLEAN)
         attacked = {a: numbers.lists("scores", task, a, epsilon) for a in numbers.attacks if a in ATTACKS}
         attacked = {name: scores for name, scores in attacked.items() if scores}
