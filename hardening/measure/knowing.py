@@ -31,7 +31,7 @@ _THROUGH_HEADS: dict[str, Attack] = {HEAD_AWARE: pgd_head, "AutoAttack-no-FAB": 
 _RUNS = {**_THROUGH_HEADS, **ADAPTIVE}
 MIXTURE = "@mixture"
 """Behind an attack's name: it is made through the equal mixture of the branches' probabilities instead of the fusion that is
-served. No branch outshouts the others there, so all must be broken, and what breaks them carries over better."""
+served. No branch outshouts the others there, so all must be broken, and what breaks them may carry over better."""
 _MIXED = tuple(f"{name}{MIXTURE}" for name in (HEAD_AWARE, "T4", "T5-selective"))
 KNOWING = (*_RUNS, *_MIXED)
 _BATCH = 50
