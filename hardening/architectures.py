@@ -59,10 +59,18 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        return self.forward_head(self.forward_intermediates(x)[0])
+
+    def forward_intermediates(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """timm's name: [N, 3, H, W] -> the last map, and the map of each stage."""
+        maps = [F.relu(self.bn1(self.conv1(x)))]
         for stage in ("layer1", "layer2", "layer3"):
-            out = self.get_submodule(stage)(out)
-        return out.mean((2, 3))
+            maps.append(self.get_submodule(stage)(maps[-1]))
+        return maps[-1], maps[1:]
+
+    def forward_head(self, last: Tensor) -> Tensor:
+        """timm's name: the last map -> [N, 4 * width]."""
+        return last.mean((2, 3))
 
 
 def _resnet18_cifar() -> nn.Module:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegressionCV
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 MPAE = ("mpae_victim", "mpae_auxiliary")
 BMP = "bmp"
 BRANCHES = (*MPAE, BMP)
 TRIPWIRE = "tripwire"
+EARLY, LAYOUT = ".early", ".layout"
+"""Behind an encoder's name: parts of what is read from it beside its features. See `encoders.Encoder.readout`."""
+PARTS = {"": 1.0, EARLY: 0.3, LAYOUT: 0.5}
+"""What is read from a branch, and its weight in the embedding."""
 RFDM_K = 3.0
 
 
@@ -72,6 +77,14 @@ def train_head(features: Tensor, labels: NDArray[np.int64]) -> Head:
     return Head(standard, torch.as_tensor(weight, dtype=torch.float32), torch.as_tensor(bias, dtype=torch.float32))
 
 
+def linear(weight: NDArray[np.float64], bias: NDArray[np.float64]) -> nn.Linear:
+    """A fixed layer: [N, d] -> [N, k] by weight [k, d] and bias [k]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float32), requires_grad=False)
+    layer.bias = nn.Parameter(torch.tensor(bias, dtype=torch.float32), requires_grad=False)
+    return layer
+
+
 def rfdm_weights(logits: Tensor, k: float = RFDM_K) -> Tensor:
     """Robust federal decision (ZePAD section 3; its code, utils/confidence.py): logits [N, B, C] -> weights [N, B].
 
@@ -98,11 +111,15 @@ def guard(weights: Tensor, confidence: Tensor, floor: float = 0.03) -> Tensor:
     return scaled
 
 
-def embed(features: list[Tensor], centres: list[Tensor]) -> Tensor:
-    """The returned embedding [N, sum of d]: unit-length centred branch features side by side, scaled to unit length.
+def embed(branches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The returned embedding [N, D]: for each branch its centred parts, each at unit length times its weight, side by side.
 
-    The weights are fixed, not per image: stored vectors must stay comparable, and an attacker must not steer the metric.
-    Features after a ReLU all point into nearly the same direction, so each branch's mean on clean images is taken off.
+    `branches` are centred values [N, d] by part. Each branch has unit length, and the whole is scaled to it. The weights are
+    fixed, not per image: stored vectors must stay comparable, and an attacker must not steer the metric. Features after a
+    ReLU all point into nearly the same direction, so each part's mean on clean images has been taken off.
     """
-    parts = [F.normalize(f - c, dim=1) for f, c in zip(features, centres, strict=True)]
-    return torch.cat(parts, dim=1) / math.sqrt(len(parts))
+    sides = []
+    for parts in branches:
+        length = math.sqrt(sum(PARTS[part] ** 2 for part in parts))
+        sides += [F.normalize(value, dim=1) * (PARTS[part] / length) for part, value in parts.items()]
+    return torch.cat(sides, dim=1) / math.sqrt(len(branches))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from hardening.compact import round_weights
 from hardening.data import Dataset
 from hardening.detectors import ConsistencyDetector, Detector, PaperDetector
 from hardening.encoders import Encoder, as_input, fold_batch_norm, merge_gains
-from hardening.gate import Gate, Views
+from hardening.gate import EMBEDDED, Gate, Views
+from hardening.honest import changed_at_random
 from hardening.progress import Bars
 from hardening.recipe import RecipeError
 from model_store.calibration import Calibration
@@ -52,28 +54,30 @@ def assemble(victim: Encoder, tuned: Mapping[str, Encoder], sample: NDArray[np.u
 
 
 def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: Bars) -> Calibrated:
-    """Fit the detector on `fit`, then the score's table on `calibration`.
+    """Fit the detector on `fit`, each image after an honest change, then the score's table on `calibration`, unchanged.
 
     A folder calibration/ says what the gate will see, so the consistency detector is fitted on it too: evidence that only
     knew the few classes of `fit` would take every other picture for strange. The table's scores then come from detectors that
     were fitted without the image that they judge (cross-conformal prediction, Vovk 2015).
     """
     images, labels = dataset.take("fit")
-    features = collect(views, images, ConsistencyDetector.views, device, bars, "features for the detector")
+    values = collect(views, images, EMBEDDED, device, bars, "features for the embedding")
     clean, _ = dataset.take("calibration")
     own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
     score: NDArray[np.float32] | None = None
     if detector == "consistency":
-        known = features
+        read = partial(collect, views, wanted=ConsistencyDetector.views, device=device, bars=bars)
+        known = read(changed_at_random(images, 0), what="features for the detector")
         if own:
-            theirs = collect(views, clean, ConsistencyDetector.views, device, bars, "features of calibration/")
-            known, score = _together(features, theirs), _scores_by_others(features, theirs, bars)
+            theirs = read(clean, what="features of calibration/")
+            changed = read(changed_at_random(clean, 1), what="features of calibration/, changed")
+            known, score = _together(known, changed), _scores_by_others(known, theirs, changed, bars)
         fitted: Detector = ConsistencyDetector.fit(known)
     elif dataset.labelled:
-        fitted = PaperDetector({name: train_head(features[name], labels) for name in BRANCHES})
+        fitted = PaperDetector({name: train_head(values[name], labels) for name in BRANCHES})
     else:
         raise RecipeError("the detector `paper` reads classifier heads and needs labelled images, train/<class>/*")
-    gate = Gate(views, {name: features[name].mean(dim=0) for name in BRANCHES}, fitted)
+    gate = Gate(views, values, fitted)
     gate.requires_grad_(False).eval()
     if score is None:
         _, _, score = run_gate(gate, clean, device, bars, "calibrate the score")
@@ -86,13 +90,15 @@ def _together(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict
     return {view: torch.cat([first[view], second[view]]) for view in first}
 
 
-def _scores_by_others(fit: Mapping[str, Tensor], clean: Mapping[str, Tensor], bars: Bars) -> NDArray[np.float32]:
-    """Scores [N] of clean features by view, each from a detector that was fitted on `fit` and the other folds."""
+def _scores_by_others(
+    fit: Mapping[str, Tensor], clean: Mapping[str, Tensor], changed: Mapping[str, Tensor], bars: Bars
+) -> NDArray[np.float32]:
+    """Scores [N] of clean features by view, each from a detector that was fitted on `fit` and the other folds, changed."""
     count = len(next(iter(clean.values())))
     score = np.zeros(count, np.float32)
     with bars.task("calibrate the score", count) as task:
         for rest, held in KFold(_FOLDS, shuffle=True, random_state=0).split(score):
-            detector = ConsistencyDetector.fit(_together(fit, {view: found[rest] for view, found in clean.items()}))
+            detector = ConsistencyDetector.fit(_together(fit, {view: found[rest] for view, found in changed.items()}))
             score[held] = detector({view: found[held] for view, found in clean.items()})[1].numpy()
             task.advance(len(held))
     return score

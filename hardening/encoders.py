@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hardening import architectures
+from hardening.branches import EARLY, LAYOUT
 from hardening.files import load_tensors
 from hardening.recipe import KEY_BLOCK, PACKAGE_PREFIX, EncoderSpec
 from model_store.errors import TwogateError
@@ -80,11 +81,40 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] -> features [N, dim]."""
-        x = (images - self.mean) / self.std
-        if self.key is not None:
-            x = F.pixel_shuffle(F.conv2d(x, self.key, stride=KEY_BLOCK), KEY_BLOCK)
-        features: Tensor = self.network(x)
+        features: Tensor = self.network(self._input(images))
         return features
+
+    def readout(self, images: Tensor) -> dict[str, Tensor]:
+        """Images [N, 3, H, W] in [0, 1] -> values by part: `""`, the features [N, dim]; `EARLY` [N, e], the mean of each
+        channel of every stage but the last; `LAYOUT` [N, 4 c], the last stage's channels in each quarter of the picture, less
+        their mean.
+
+        A linear head reads from them what the last average has thrown away (Evci et al. 2022, "Head2Toe"), and an attack that
+        is made on the features alone leaves its traces in them (Lee et al. 2018, section 2.2). A network without timm's
+        `forward_intermediates` has its features alone.
+        """
+        if not hasattr(self.network, "forward_intermediates"):
+            return {"": self(images)}
+        network: Any = self.network
+        last, maps = network.forward_intermediates(self._input(images))
+        found = {"": network.forward_head(last)}
+        if len(maps) > 1:
+            found[EARLY] = torch.cat([stage.mean((2, 3)) for stage in maps[:-1]], dim=1)
+        if min(maps[-1].shape[2:]) > 1:
+            found[LAYOUT] = _quarters(maps[-1])
+        return found
+
+    def _input(self, images: Tensor) -> Tensor:
+        x = (images - self.mean) / self.std
+        return x if self.key is None else F.pixel_shuffle(F.conv2d(x, self.key, stride=KEY_BLOCK), KEY_BLOCK)
+
+
+def _quarters(last: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, 4 C]: means of the quarters, which share a middle row or column, less the mean of the four."""
+    height, width = (-(-side // 2) for side in last.shape[2:])
+    halves = [last[:, :, :height], last[:, :, -height:]]
+    quarters = torch.stack([part for half in halves for part in (half[..., :width], half[..., -width:])], dim=1).mean((3, 4))
+    return (quarters - quarters.mean(dim=1, keepdim=True)).flatten(1)
 
 
 def draw_key() -> Tensor:

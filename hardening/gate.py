@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hardening.branches import BRANCHES, TRIPWIRE, embed
+from hardening.branches import BRANCHES, LAYOUT, PARTS, TRIPWIRE, embed, linear
 from hardening.detectors import Detector
 from hardening.detectors.consistency import BLUR, ZOOM
 from hardening.encoders import Encoder
 
 BLUR_SIGMA = 0.7
 """Pixels of the input. Wide enough to take a perturbation's finest part, narrow enough to leave the picture."""
-
-
+LAYOUT_COMPONENTS = 128
+EMBEDDED = tuple(name + part for name in BRANCHES for part in PARTS)
+"""The views that the embedding is made of."""
 ZOOM_MARGIN = 1 / 16
 """Share of the side that a zoom cuts off at each edge."""
 
 
 class Views(nn.Module):
-    """The encoders, and what the detectors want to see of each: its features, or those of a blurred or zoomed image.
+    """The encoders, and what the gate and its detector want to see of each: its features or another part of its readout, of
+    the image or of a blurred or zoomed one: `bmp`, `bmp.early`, `bmp@blur`, `bmp.early@blur`. Parts that an encoder does not
+    have are left out.
 
     `height` and `width` are those of the images.
     """
@@ -50,10 +55,17 @@ class Views(nn.Module):
         return self.zoom_rows @ images @ self.zoom_columns
 
     def forward(self, images: Tensor, views: Iterable[str]) -> dict[str, Tensor]:
-        """Images [N, 3, H, W] in [0, 1] -> features [N, d] by view."""
+        """Images [N, 3, H, W] in [0, 1] -> values [N, d] by view."""
         seen = {"": images, BLUR: self.blur(images), ZOOM: self.zoom(images)}
-        split = {view: view.partition("@") for view in views}
-        return {view: self.encoders[name](seen[at + how]) for view, (name, at, how) in split.items()}
+        wanted, found = set(views), {}
+        split = {view: view.partition("@") for view in wanted}
+        for name, how in sorted({(side.partition(".")[0], at + rest) for side, at, rest in split.values()}):
+            encoder = self.encoders[name]
+            assert isinstance(encoder, Encoder)
+            for part, value in encoder.readout(seen[how]).items():
+                if name + part + how in wanted:
+                    found[name + part + how] = value
+        return found
 
 
 def _zoom_weights(size: int) -> Tensor:
@@ -64,26 +76,60 @@ def _zoom_weights(size: int) -> Tensor:
 
 
 class Gate(nn.Module):
-    """What a bundle's `model.onnx` computes; see design: inputs and outputs are a contract."""
+    """What a bundle's `model.onnx` computes; see design: inputs and outputs are a contract.
 
-    def __init__(self, views: Views, centres: Mapping[str, Tensor], detector: Detector) -> None:
+    `clean` are values [N, d] by view of clean images that no encoder was tuned on: their means are the embedding's centres,
+    and their leading principal components are kept of each branch's layout.
+    """
+
+    def __init__(self, views: Views, clean: Mapping[str, Tensor], detector: Detector) -> None:
         super().__init__()
         self.views, self.detector = views, detector
-        for name in BRANCHES:
-            self.register_buffer(f"centre_{name}", centres[name])
-        self.wanted = tuple(dict.fromkeys((*BRANCHES, *detector.views)))
+        self.parts = {name: [part for part in PARTS if name + part in clean] for name in BRANCHES}
+        for name, parts in self.parts.items():
+            for part in parts:
+                if part == LAYOUT:
+                    self.add_module(f"layout_{name}", _leading(clean[name + part]))
+                else:
+                    self.register_buffer(_centre(name, part), clean[name + part].mean(dim=0))
+        self.wanted = tuple(dict.fromkeys((*EMBEDDED, *detector.views)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 [N, H, W, 3] RGB -> embedding [N, D] unit length, confidence [N, B], score [N]."""
         pixels = images.permute(0, 3, 1, 2).float() / 255
-        features = self.views(pixels, self.wanted)
-        confidence, score = self.detector(features)
-        return self.embedding(features), confidence, score
+        values = self.views(pixels, self.wanted)
+        confidence, score = self.detector(values)
+        return self.embedding(values), confidence, score
 
-    def embedding(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Features by view -> embedding [N, D]."""
-        centres = [getattr(self, f"centre_{name}") for name in BRANCHES]
-        return embed([features[name] for name in BRANCHES], centres)
+    def embedding(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values by view -> embedding [N, D]."""
+        return embed([{part: self._centred(name, part, values) for part in parts} for name, parts in self.parts.items()])
+
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        """By branch: the columns that each of its parts fills in the embedding."""
+        return {name: tuple(self._dim(name, part) for part in parts) for name, parts in self.parts.items()}
+
+    def _dim(self, name: str, part: str) -> int:
+        fitted = f"layout_{name}.bias" if part == LAYOUT else _centre(name, part)
+        return len(self.get_parameter(fitted) if part == LAYOUT else self.get_buffer(fitted))
+
+    def _centred(self, name: str, part: str, values: Mapping[str, Tensor]) -> Tensor:
+        value = values[name + part]
+        if part == LAYOUT:
+            reduced: Tensor = self.get_submodule(f"layout_{name}")(value)
+            return reduced
+        centred: Tensor = value - getattr(self, _centre(name, part))
+        return centred
+
+
+def _centre(name: str, part: str) -> str:
+    return f"centre_{name}{part}".replace(".", "_")
+
+
+def _leading(values: Tensor) -> nn.Linear:
+    """Values [N, d] less their mean, in their leading principal components."""
+    pca = PCA(min(LAYOUT_COMPONENTS, values.shape[1], len(values)), svd_solver="full").fit(values.numpy().astype(np.float64))
+    return linear(pca.components_, -pca.components_ @ pca.mean_)
 
 
 def needs_tripwire(detector: Detector) -> bool:

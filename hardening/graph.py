@@ -109,12 +109,14 @@ class Graph(nn.Module):
         """A bundle's own tensors name the branches: centres of the embedding, spaces of the detector."""
         names = {f"centre_{branch}": branch for branch in BRANCHES} | {f"detector.spaces.{TRIPWIRE}.mean": TRIPWIRE}
         found: dict[str, str] = {}
+        # The detector puts the features of early stages behind those that are looked for.
+        joined = {step.outputs[0]: step.inputs[0] for step in self.steps if step.kind == "Concat"}
         for step in self.steps:
             branch = names.get(step.inputs[1]) if step.kind == "Sub" else None
             # The same mean also standardises the features of the blurred and of the zoomed picture.
             changed = {"views.kernel", "views.zoom_rows", "views.zoom_columns"}
             if branch is not None and not any(changed.intersection(s.inputs) for s in self._needed([step.inputs[0]])):
-                found[branch] = step.inputs[0]
+                found[branch] = joined.get(step.inputs[0], step.inputs[0])
         return found
 
 

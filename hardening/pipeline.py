@@ -21,14 +21,15 @@ from typing import Any
 import torch
 
 from hardening import data, encoders
-from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE
-from hardening.calibrate import Calibrated, assemble, calibrate
+from hardening.branches import BMP, MPAE, TRIPWIRE
+from hardening.calibrate import assemble, calibrate
 from hardening.card import write_card
 from hardening.detectors import PaperDetector
 from hardening.encoders import Encoder
 from hardening.export import check_parity, export, golden
 from hardening.files import load_tensors, save_tensors, write_atomically
 from hardening.finetune import finetune
+from hardening.gate import Gate
 from hardening.measure.oblivious import UNIVERSAL, check_names
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.rivals import PAPER
@@ -131,8 +132,8 @@ def _stage(recipe: Recipe, data_root: Path, dataset: data.Dataset, staged: Path,
         version=1,
         created=datetime.now(UTC).replace(microsecond=0),
         pixels=recipe.pixels,
-        embedding_dim=sum(tuned[role].dim for role in ROLES),
-        branches=_branches(recipe, calibrated, tuned),
+        embedding_dim=sum(map(sum, gate.dims().values())),
+        branches=_branches(recipe, gate),
         detector=Detector(
             name=gate.detector.name,
             description=gate.detector.description,
@@ -246,8 +247,8 @@ def _measured(bundle: Bundle, recipe: Recipe, dataset: data.Dataset, run: Path, 
     return read(plan.out / "records")
 
 
-def _branches(recipe: Recipe, calibrated: Calibrated, tuned: dict[str, Encoder]) -> tuple[Branch, ...]:
-    role = {MPAE[0]: "victim", MPAE[1]: "auxiliary", BMP: "bmp"}
+def _branches(recipe: Recipe, gate: Gate) -> tuple[Branch, ...]:
+    dims = gate.dims()
     described = {
         MPAE[0]: f"the public victim ({recipe.victim.architecture}), adversarially fine-tuned",
         MPAE[1]: f"a second public encoder ({recipe.auxiliary.architecture}), adversarially fine-tuned",
@@ -259,9 +260,10 @@ def _branches(recipe: Recipe, calibrated: Calibrated, tuned: dict[str, Encoder])
             name=name,
             role="tripwire" if name == TRIPWIRE else "bmp" if name == BMP else "mpae",
             description=described[name],
-            embedding_dim=tuned[role[name]].dim if name in BRANCHES else 0,
+            embedding_dim=sum(dims.get(name, ())),
+            parts=dims.get(name, ()),
         )
-        for name in calibrated.gate.detector.branches
+        for name in gate.detector.branches
     )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,17 @@ class Branch(_Part):
     role: Literal["mpae", "bmp", "tripwire"]
     description: str
     embedding_dim: int = Field(ge=0, description="columns of the embedding that this branch fills; 0 for a tripwire")
+    parts: tuple[int, ...] = Field(
+        (),
+        description="columns of each part of them: its features, then its early stages, then its layout; empty where all "
+        "are its features",
+    )
+
+    @model_validator(mode="after")
+    def _add_up(self) -> Self:
+        if self.parts and sum(self.parts) != self.embedding_dim:
+            raise ValueError(f"the parts of {self.name} do not add up to its embedding_dim")
+        return self
 
 
 class Detector(_Part):

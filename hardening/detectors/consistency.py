@@ -8,11 +8,15 @@ the hardened branches, is suspicious. Evidence, each higher = more suspicious:
 - residual of BMP: 1 - cos between its features and a ridge regression's prediction from the two MPAE branches (in principal
   components of each); cross residual of each MPAE branch: the same, predicted from the other one;
 - whitened residual, and whitened shift under the blur, of the tripwire: the Mahalanobis distance of the same differences from
-  those of clean images. A perturbation moves features in directions in which clean ones hardly differ.
+  those of honest images. A perturbation moves features in directions in which honest ones hardly differ.
 
-Each evidence becomes a normal score by its quantiles among the clean images that the detector was fitted on. A branch's
+All but the tripwire's two shifts read the early stages too, beside the features: what a generator or an attack on low layers
+does is seen there first (stage by stage: Lee et al. 2018). Early stages see captions, screenshots and compression as well, so
+the detector is fitted on honestly changed images (`hardening.honest`), and what honest changes do is not news to it.
+
+Each evidence becomes a normal score by its quantiles among the honest images that the detector was fitted on. A branch's
 normal scores are added (Stouffer et al. 1949), because a universal perturbation moves all of them a little. The sum's
-conformal p-value among the same clean images is the branch's confidence, and the score is the larger -ln(p / share) of
+conformal p-value among the same images is the branch's confidence, and the score is the larger -ln(p / share) of
 tripwire and BMP (weighted p-values: Genovese et al. 2006): nine tenths of the false alarms are the tripwire's, because BMP's
 evidence speaks against an attack on BMP itself alone. The score's own calibration, on other images, makes the verdict valid
 whatever happened here. The cross residuals guard the MPAE branches' votes but do not enter the score.
@@ -35,7 +39,7 @@ from sklearn.model_selection import KFold, cross_val_predict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, Standard
+from hardening.branches import BMP, BRANCHES, EARLY, MPAE, TRIPWIRE, Standard, linear
 from hardening.detectors.base import Detector
 
 BLUR, ZOOM = "@blur", "@zoom"
@@ -69,7 +73,11 @@ class ConsistencyDetector(Detector):
         "the undefended victim kept as tripwire; shifts of tripwire and BMP under blur and zoom, their residuals from the "
         "MPAE branches' prediction; sum of normal scores and conformal p per branch; score = larger -ln(p / share)"
     )
-    views = (*BRANCHES, TRIPWIRE, TRIPWIRE + BLUR, TRIPWIRE + ZOOM, BMP + BLUR)
+    views = (
+        *(name + part for name in (*BRANCHES, TRIPWIRE) for part in ("", EARLY)),
+        *(name + part + BLUR for name in (TRIPWIRE, BMP) for part in ("", EARLY)),
+        TRIPWIRE + ZOOM,
+    )
     branches = (*BRANCHES, TRIPWIRE)
 
     def __init__(self, spaces: Mapping[str, _Space], maps: Mapping[str, nn.Linear], whiten: Mapping[str, nn.Linear]) -> None:
@@ -78,27 +86,27 @@ class ConsistencyDetector(Detector):
         self.maps = nn.ModuleDict(dict(maps))
         self.whiten = nn.ModuleDict(dict(whiten))
         self.normal_scores, self.surprises = nn.Module(), nn.Module()
-        self.clean_images = 0
+        self.fitted_on = 0
 
     @classmethod
     def fit(cls, features: Mapping[str, Tensor]) -> ConsistencyDetector:
-        """Fit on features [N, d] by view of clean images that no encoder was tuned on."""
-        spaces = {name: _Space.fit(features[name]) for name in (*BRANCHES, TRIPWIRE)}
-        reduced = {name: space(features[name]).numpy().astype(np.float64) for name, space in spaces.items()}
+        """Fit on features [N, d] by view of honest images that no encoder was tuned on."""
+        spaces = {name: _Space.fit(_stages(features, name)) for name in (*BRANCHES, TRIPWIRE)}
+        reduced = {name: space(_stages(features, name)).numpy().astype(np.float64) for name, space in spaces.items()}
         maps, residual = {}, {}
         for name, source in _sources({name: torch.as_tensor(values) for name, values in reduced.items()}).items():
             model = RidgeCV(alphas=np.logspace(-1, 5, 13)).fit(source.numpy(), reduced[name])
-            maps[name] = _linear(model.coef_, model.intercept_)
+            maps[name] = linear(model.coef_, model.intercept_)
             # Out of fold: residuals of images that the map was fitted on would look too small.
             predicted = cross_val_predict(Ridge(alpha=float(model.alpha_)), source.numpy(), reduced[name], cv=_FOLDS)
             residual[name] = torch.as_tensor(predicted)
-        shift = spaces[TRIPWIRE](features[TRIPWIRE + BLUR]) - spaces[TRIPWIRE](features[TRIPWIRE])
+        shift = spaces[TRIPWIRE](_stages(features, TRIPWIRE, BLUR)) - spaces[TRIPWIRE](_stages(features, TRIPWIRE))
         differences = {"residual": torch.as_tensor(reduced[TRIPWIRE]) - residual[TRIPWIRE], "blur shift": shift}
         detector = cls(spaces, maps, {kind: _whitening(vectors.numpy()) for kind, vectors in differences.items()})
         evidence = detector._evidence(
             features, residual, {kind: _out_of_fold_lengths(vectors.numpy()) for kind, vectors in differences.items()}
         )
-        detector.clean_images = len(evidence)
+        detector.fitted_on = len(evidence)
         levels = np.array([level for level in _LEVELS if min(level, 1 - level) * len(evidence) >= 2] or [0.5])
         scores = np.array([NormalDist().inv_cdf(1 - level) for level in levels])
         detector.normal_scores = _Table.fit(evidence.numpy(), levels, scores, _slope_of_the_last_quantiles)
@@ -109,9 +117,9 @@ class ConsistencyDetector(Detector):
 
     def evidence(self, features: Mapping[str, Tensor]) -> Tensor:
         """Features by view -> [N, 8], in the order of the module's table."""
-        reduced = {name: self.spaces[name](features[name]) for name in self.spaces}
+        reduced = {name: self.spaces[name](_stages(features, name)) for name in self.spaces}
         predicted = {name: self.maps[name](source) for name, source in _sources(reduced).items()}
-        shift = self.spaces[TRIPWIRE](features[TRIPWIRE + BLUR]) - reduced[TRIPWIRE]
+        shift = self.spaces[TRIPWIRE](_stages(features, TRIPWIRE, BLUR)) - reduced[TRIPWIRE]
         differences = {"residual": reduced[TRIPWIRE] - predicted[TRIPWIRE], "blur shift": shift}
         lengths = {kind: _length(self.whiten[kind](vectors)) for kind, vectors in differences.items()}
         return self._evidence(features, predicted, lengths)
@@ -126,11 +134,14 @@ class ConsistencyDetector(Detector):
             match kind:
                 case "blur shift" | "zoom shift":
                     view = BLUR if kind == "blur shift" else ZOOM
-                    columns.append(_distance(space.standardise(features[name]), space.standardise(features[name + view])))
+                    early = name != TRIPWIRE
+                    before, after = (_stages(features, name, how, early=early) for how in ("", view))
+                    columns.append(_distance(space.standardise(before), space.standardise(after)))
                 case "whitened blur shift" | "whitened residual":
                     columns.append(lengths[kind.removeprefix("whitened ")].to(features[name].dtype))
                 case _:
-                    columns.append(_distance(predicted[name].to(features[name].dtype), space(features[name])))
+                    found = space(_stages(features, name))
+                    columns.append(_distance(predicted[name].to(found.dtype), found))
         return torch.stack(columns, dim=1)
 
     def _sums(self, evidence: Tensor) -> Tensor:
@@ -150,12 +161,18 @@ class ConsistencyDetector(Detector):
         return torch.exp(-surprise), torch.stack(scored, dim=1).amax(dim=1)
 
     def parameters_for_people(self) -> dict[str, Any]:
-        """What was measured on how many clean images."""
+        """What was measured, on how many honest images."""
         return {
             "evidence": [f"{name}: {kind}" for name, kind in _EVIDENCE],
             "scored": dict(_SHARES),
-            "fitted_on": self.clean_images,
+            "fitted_on": self.fitted_on,
         }
+
+
+def _stages(features: Mapping[str, Tensor], name: str, how: str = "", early: bool = True) -> Tensor:
+    """An encoder's features [N, d] of one view, and behind them those of its early stages, where it has any."""
+    parts = [name + part + how for part in ("", EARLY)[: 1 + early]]
+    return torch.cat([features[part] for part in parts if part in features], dim=1)
 
 
 def _sources(reduced: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +191,7 @@ class _Space(nn.Module):
         super().__init__()
         self.register_buffer("mean", standard.mean)
         self.register_buffer("scale", standard.scale)
-        self.basis = _linear(basis, np.zeros(len(basis)))
+        self.basis = linear(basis, np.zeros(len(basis)))
 
     @classmethod
     def fit(cls, features: Tensor) -> _Space:
@@ -184,7 +201,11 @@ class _Space(nn.Module):
         return cls(standard, pca.components_)
 
     def standardise(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.scale
+        """Features [N, d], or their first columns alone."""
+        d = features.shape[1]
+        if d == len(self.mean):  # without a slice, `Graph` finds the mean by its name
+            return (features - self.mean) / self.scale
+        return (features - self.mean[:d]) / self.scale[:d]
 
     @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:
@@ -193,13 +214,6 @@ class _Space(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         reduced: Tensor = self.basis(self.standardise(features))
         return reduced
-
-
-def _linear(weight: NDArray[np.float64], bias: NDArray[np.float64]) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
-    layer.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float32), requires_grad=False)
-    layer.bias = nn.Parameter(torch.tensor(bias, dtype=torch.float32), requires_grad=False)
-    return layer
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -217,7 +231,7 @@ def _whitening(vectors: NDArray[np.floating[Any]]) -> nn.Linear:
     # The precision is L L^T, and x^T L L^T x is the squared length of L^T x. A jitter: features that never differ.
     precision = np.linalg.inv(fitted.covariance_ + 1e-9 * np.eye(vectors.shape[1]))
     root = np.asarray(np.linalg.cholesky((precision + precision.T) / 2).T, np.float64)
-    return _linear(root, -root @ fitted.location_)
+    return linear(root, -root @ fitted.location_)
 
 
 def _out_of_fold_lengths(vectors: NDArray[np.floating[Any]]) -> Tensor:

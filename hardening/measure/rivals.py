@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hardening import encoders
-from hardening.branches import TRIPWIRE
+from hardening.branches import BRANCHES, train_head
 from hardening.detectors.baselines import Beyond, BranchDivergence, Mahalanobis, Neighbours, PaperReading, Squeezing
 from hardening.measure.tasks import Task
 from model_store.calibration import Calibration
@@ -29,6 +29,8 @@ FORWARDS = {"feature squeezing": 3, "BEYOND": 51}
 """Encoder passes of the victim; the others read the features that are there."""
 _READINGS: tuple[Literal["S1", "S2", "S3", "S4", "S5"], ...] = ("S1", "S2", "S3", "S4", "S5")
 RIVALS = (*(f"paper, {r}" for r in _READINGS), "branch divergence", "Mahalanobis", "nearest neighbours", *FORWARDS)
+_WITH_HEADS = set(RIVALS[: len(_READINGS) + 1])
+"""Read a classifier of each branch."""
 _CLEAN = 1000
 """Calibration images at most: BEYOND takes 51 passes for each."""
 
@@ -55,13 +57,19 @@ def fit_rivals(
     def features(images: NDArray[np.uint8]) -> Tensor:
         return encoders.features(victim, images, batch_size=256, device=device)
 
+    victim_head = task.victim_head
+    if victim_head is None or not names:
+        return []
+    heads = (
+        {name: train_head(task.gallery[name], task.gallery_labels) for name in BRANCHES} if _WITH_HEADS & set(names) else {}
+    )
     makers: dict[str, Callable[[], Any]] = {
-        **{f"paper, {r}": partial(PaperReading(r).fit, task.gallery, task.heads) for r in _READINGS},
-        "branch divergence": partial(BranchDivergence().fit, task.gallery, task.heads),
+        **{f"paper, {r}": partial(PaperReading(r).fit, task.gallery, heads) for r in _READINGS},
+        "branch divergence": partial(BranchDivergence().fit, task.gallery, heads),
         "Mahalanobis": partial(Mahalanobis().fit, task.gallery, task.gallery_labels),
         "nearest neighbours": partial(Neighbours().fit, task.gallery),
-        "feature squeezing": lambda: Squeezing(lambda images: task.heads[TRIPWIRE](features(images))),
-        "BEYOND": lambda: Beyond(features, task.heads[TRIPWIRE]).fit(task.own_images[1:_CLEAN:2]),
+        "feature squeezing": lambda: Squeezing(lambda images: victim_head(features(images))),
+        "BEYOND": lambda: Beyond(features, victim_head).fit(task.own_images[1:_CLEAN:2]),
     }
     scores: dict[str, Score] = {
         name: partial(_of_images if name in FORWARDS else _of_values, makers[name]()) for name in names

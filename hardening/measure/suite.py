@@ -134,7 +134,7 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
     bundle = load_bundle(plan.bundle)
     graph = Graph(bundle.model, victim).to(plan.device)
     task = load_task(name, root, graph, bundle.manifest, size, plan.out / "data" / name, plan.device, bars)
-    if not task.heads and (plan.knowing or plan.rivals or plan.convergence):
+    if task.victim_head is None and (plan.knowing or plan.rivals or plan.convergence):
         raise RecipeError(f"{name}: adaptive attacks, other detectors and convergence need labelled images, train/<class>/*")
     room = _Room(plan, size, bundle, graph, task, bars)
     once(room.file(CLEAN), room.clean)
@@ -224,7 +224,8 @@ class _Room:
 
     def convergence(self, attack: str) -> list[Record]:
         """What an attack does to the undefended victim with more and more effort."""
-        plan, task, head = self.plan, self.task, self.task.heads[TRIPWIRE]
+        plan, task, head = self.plan, self.task, self.task.victim_head
+        assert head is not None  # checked for the plan
         epsilon, seed, before, records = plan.epsilons[0], plan.seeds[0], self.predicted[UNDEFENDED], []
         for share in (*LESS_EFFORT, 1):
             attacked = self.attacked(attack, epsilon, seed, share)
@@ -347,7 +348,7 @@ class _Room:
         add("auroc", "detector", float(roc_auc_score(truth, np.concatenate([clean_score, score]))), len(truth))
         add("scores", "detector", [round(float(s), 4) for s in score])
         fooled = predicted[UNDEFENDED] != before[UNDEFENDED] if UNDEFENDED in predicted else np.zeros(len(labels), bool)
-        right = before[GUARDED] == labels if task.heads else np.zeros(len(labels), bool)
+        right = before[GUARDED] == labels if task.victim_head is not None else np.zeros(len(labels), bool)
         for name, table in {"bundle's calibration": self.manifest.calibration, "recalibrated": task.own_calibration}.items():
             p = table.p_value(score)
             for budget in BUDGETS:
@@ -365,7 +366,7 @@ class _Room:
     def neighbours(self, values: Mapping[str, Tensor], chosen: slice = slice(None)) -> dict[str, dict[str, float]]:
         """kNN accuracy and recall@10 against the clean gallery; the victim's features are centred there too."""
         task, labels = self.task, self.task.labels[chosen]
-        if not task.heads:
+        if task.victim_head is None:
             return {}
         centre = task.gallery[TRIPWIRE].mean(dim=0)
         pairs = {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hardening import data
-from hardening.branches import BRANCHES, MPAE, TRIPWIRE, Head, fuse, guard, rfdm_weights, train_head
+from hardening.branches import BMP, MPAE, TRIPWIRE, Head, fuse, guard, rfdm_weights, train_head
 from hardening.graph import Graph, run_uint8
 from hardening.heads import Linear, train_heads
 from hardening.measure.sizes import Size
@@ -51,10 +51,10 @@ class Task:
     clean_labels: NDArray[np.int64]
     targets: NDArray[np.uint8]
     """[N, H, W, 3]: for each test image another one, of another class, which a targeted attack imitates."""
-    heads: dict[str, Head]
-    """By encoder, each fitted alone on the encoder's own features; empty where the images have no classes."""
+    victim_head: Head | None
+    """On the public victim's features; None where the images have no classes."""
     served: tuple[Linear, ...]
-    """The heads that `twogate head train` makes, on the embedding."""
+    """The heads that `twogate head train` makes, one a branch, on the embedding."""
     gallery_images: NDArray[np.uint8]
     gallery: dict[str, Tensor]
     """Values of the graph on the images that the heads were fitted on."""
@@ -66,27 +66,31 @@ class Task:
     """The score's table on this task's clean images: what `twogate recalibrate` would write."""
 
     def predictions(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, NDArray[np.int64]]:
-        """Predicted classes [N] by system; none without heads."""
-        if not self.heads:
+        """Predicted classes [N] by system; none without classes."""
+        if self.victim_head is None:
             return {}
         return {name: logits.argmax(dim=1).numpy() for name, logits in self.system_logits(values, manifest).items()}
 
     def system_logits(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
-        """Logits [N, C] by system, differentiable. `values` are features by branch, `embedding` and `confidence`."""
-        logits = torch.stack([self.heads[name](values[name]) for name in BRANCHES], dim=1)
-        served = self.served_logits(values["embedding"])
+        """Logits [N, C] by system, differentiable. `values` are `embedding`, `confidence` and the tripwire's features.
+
+        All but the undefended victim's are of the same three heads, so that what differs is their fusion.
+        """
+        logits = self.served_logits(values["embedding"])
+        heads = [head.branch for head in self.served]
         names = [branch.name for branch in manifest.branches]
-        confidence = values["confidence"][:, [names.index(head.branch) for head in self.served]]
+        confidence = values["confidence"][:, [names.index(name) for name in heads]]
+        weights = rfdm_weights(logits)
         found = {
-            "hardened victim alone": logits[:, BRANCHES.index(MPAE[0])],
-            "hardened auxiliary alone": logits[:, BRANCHES.index(MPAE[1])],
-            "BMP alone": logits[:, BRANCHES.index("bmp")],
+            "hardened victim alone": logits[:, heads.index(MPAE[0])],
+            "hardened auxiliary alone": logits[:, heads.index(MPAE[1])],
+            "BMP alone": logits[:, heads.index(BMP)],
             "three branches, plain average": logits.mean(dim=1),
-            "three branches, RFDM": fuse(logits, rfdm_weights(logits)),
-            GUARDED: fuse(served, guard(rfdm_weights(served), confidence)),
+            "three branches, RFDM": fuse(logits, weights),
+            GUARDED: fuse(logits, guard(weights, confidence)),
         }
-        if TRIPWIRE in values:
-            found[UNDEFENDED] = self.heads[TRIPWIRE](values[TRIPWIRE])
+        if TRIPWIRE in values and self.victim_head is not None:
+            found[UNDEFENDED] = self.victim_head(values[TRIPWIRE])
         return found
 
     def served_logits(self, embedding: Tensor) -> Tensor:
@@ -154,10 +158,10 @@ def load_task(
         raise RecipeError(
             f"{name}: {size.fit} images hold not all of its {len(dataset.classes)} classes; use a larger --size"
         )
-    heads: dict[str, Head] = {}
+    victim_head: Head | None = None
     served: list[Linear] = []
     if dataset.labelled:
-        heads = {branch: train_head(gallery[branch], fit_labels) for branch in graph.feature_names}
+        victim_head = train_head(gallery[TRIPWIRE], fit_labels)
         served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes))
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
     other = np.roll(np.arange(len(test)), 1)
@@ -170,7 +174,7 @@ def load_task(
         clean_images=dataset.images[clean],
         clean_labels=dataset.labels[clean],
         targets=dataset.images[test][other],
-        heads=heads,
+        victim_head=victim_head,
         served=tuple(served),
         gallery_images=dataset.images[fit],
         gallery=gallery,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hardening.branches import Standard, embed, fuse, guard, rfdm_weights, train_head
+from hardening.branches import EARLY, LAYOUT, PARTS, Standard, embed, fuse, guard, rfdm_weights, train_head
 from hardening.encoders import Encoder, features
 from tests.support.patterns import patterns
 
@@ -53,16 +53,19 @@ def test_the_guard_takes_the_vote_from_a_branch_that_was_broken() -> None:
 
 def test_the_embedding_has_unit_length_and_fixed_weights() -> None:
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(6, d, generator=generator) * scale for d, scale in ((4, 1), (7, 100), (3, 0.01))]
-    centres = [torch.randn(d, generator=generator) * 0.001 for d in (4, 7, 3)]
-    found = embed(parts, centres)
-    assert found.shape == (6, 14)
+    parts = [torch.randn(6, d, generator=generator) * scale for d, scale in ((4, 1), (7, 100), (3, 0.01), (5, 10))]
+    found = embed([{"": parts[0]}, {"": parts[1], EARLY: parts[2], LAYOUT: parts[3]}])
+    assert found.shape == (6, 19)
     assert torch.allclose(found.norm(dim=1), torch.ones(6), atol=1e-6)
-    for part in found.split([4, 7, 3], dim=1):  # type: ignore[no-untyped-call]
-        assert torch.allclose(part.norm(dim=1), torch.full((6,), 1 / math.sqrt(3)), atol=1e-6)
-    assert torch.allclose(found[:, :4] * math.sqrt(3), torch.nn.functional.normalize(parts[0] - centres[0], dim=1), atol=1e-6)
+    alone, features, early, layout = found.split([4, 7, 3, 5], dim=1)  # type: ignore[no-untyped-call]
+    length = math.sqrt(sum(weight**2 for weight in PARTS.values()))
+    weights = [1, *(weight / length for weight in PARTS.values())]
+    for part, value, share in zip((alone, features, early, layout), parts, weights, strict=True):
+        expected = torch.nn.functional.normalize(value, dim=1) * share / math.sqrt(2)
+        assert torch.allclose(part, expected, atol=1e-6)
     # An image's embedding is its own affair.
-    assert torch.allclose(embed([p[2:3] for p in parts], centres), found[2:3], atol=1e-6)
+    one = embed([{"": parts[0][2:3]}, {"": parts[1][2:3], EARLY: parts[2][2:3], LAYOUT: parts[3][2:3]}])
+    assert torch.allclose(one, found[2:3], atol=1e-6)
 
 
 def test_standard_features_have_mean_0_and_spread_1_and_dead_channels_stay_quiet() -> None:

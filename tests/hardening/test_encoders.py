@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hardening.architectures import create
+from hardening.branches import EARLY, LAYOUT
 from hardening.encoders import (
     Encoder,
     EncoderError,
@@ -435,6 +436,47 @@ def test_input_is_scaled_to_one_and_a_copy() -> None:
     assert x.shape == (2, 3, 4, 5)
     assert x[0, :, 1, 2].tolist() == pytest.approx([1, 0.2, 0])
     assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "early", "last"),
+    [
+        ("resnet8_cifar", 16, 16 + 32, 64),
+        ("tf_efficientnet_lite0", 64, 16 + 24 + 40 + 112, 320),
+        ("resnet18_cifar", 32, 64 + 64 + 128 + 256, 512),
+    ],
+)
+def test_what_is_read_from_an_encoder(architecture: str, size: int, early: int, last: int) -> None:
+    encoder = Encoder(create(architecture), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)).eval()
+    x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        read, mirrored = encoder.readout(x), encoder.readout(x.flip(3))
+        assert torch.allclose(read[""], encoder(x), atol=1e-5)
+    assert list(read) == ["", EARLY, LAYOUT]
+    assert read[EARLY].shape == (3, early)
+    quarters = read[LAYOUT].view(3, 4, last)
+    assert torch.allclose(quarters.mean(1), torch.zeros(3, last), atol=1e-5)
+    assert quarters.abs().max() > 1e-4
+    if architecture == "resnet8_cifar":  # the first stage has the stride of the picture: its means by hand
+        stage = encoder.network.get_submodule("layer1")
+        maps: list[Tensor] = []
+        stage.register_forward_hook(lambda module, given, out: maps.append(out))
+        encoder.readout(x)
+        assert torch.allclose(read[EARLY][:, :16], maps[0].mean((2, 3)), atol=1e-6)
+    assert mirrored[LAYOUT].shape == read[LAYOUT].shape
+    assert not torch.allclose(mirrored[LAYOUT], read[LAYOUT], atol=1e-4), "it tells left from right"
+
+
+def test_a_last_map_of_one_cell_has_no_layout_and_other_networks_have_features_alone() -> None:
+    x = torch.rand(2, 3, 16, 16)
+    small = Encoder(create("resnet18"), (0, 0, 0), (1, 1, 1)).eval()
+    assert list(small.readout(x)) == ["", EARLY]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    network.num_features = 5  # type: ignore[assignment]
+    plain = Encoder(network, (0, 0, 0), (1, 1, 1)).eval()
+    read = plain.readout(x)
+    assert list(read) == [""]
+    assert torch.equal(read[""], plain(x))
 
 
 def test_features_do_not_depend_on_the_batch_size() -> None:

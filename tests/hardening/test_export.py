@@ -43,7 +43,7 @@ def test_it_answers_like_torch_at_every_batch_size(
     with torch.no_grad():
         expected = [output.numpy() for output in toy_calibrated.gate(torch.from_numpy(images[:size]))]
     found = session.run(OUTPUTS, {"images": images[:size]})
-    assert [f.shape for f in found] == [(size, 96), (size, 4), (size,)]
+    assert [f.shape for f in found] == [(size, 408), (size, 4), (size,)]
     np.testing.assert_allclose(found[0], expected[0], atol=1e-4)
     np.testing.assert_allclose(found[1], expected[1], atol=1e-3)
     np.testing.assert_allclose(found[2], expected[2], atol=1e-3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, embed
+from hardening.branches import BMP, BRANCHES, EARLY, LAYOUT, MPAE, TRIPWIRE, embed
 from hardening.calibrate import Calibrated
 from hardening.detectors.consistency import BLUR, ZOOM
 from hardening.encoders import as_input
@@ -20,20 +20,27 @@ def pixels() -> torch.Tensor:
 
 def test_pictures_in_embedding_confidence_and_score_out(toy_calibrated: Calibrated, pixels: torch.Tensor) -> None:
     embedding, confidence, score = toy_calibrated.gate(pixels)
-    assert (embedding.shape, confidence.shape, score.shape) == ((8, 96), (8, 4), (8,))
+    assert (embedding.shape, confidence.shape, score.shape) == ((8, 408), (8, 4), (8,))
     assert torch.allclose(embedding.norm(dim=1), torch.ones(8), atol=1e-5)
 
 
 def test_it_is_its_parts(toy_calibrated: Calibrated, pixels: torch.Tensor) -> None:
     gate = toy_calibrated.gate
     x = as_input(pixels.numpy())
-    features = {name: gate.views.encoders[name](x) for name in (*BRANCHES, TRIPWIRE)}
-    for name in (TRIPWIRE, BMP):
-        features[name + BLUR] = gate.views.encoders[name](gate.views.blur(x))
-    features[TRIPWIRE + ZOOM] = gate.views.encoders[TRIPWIRE](gate.views.zoom(x))
+    features = {}
+    for how, seen in (("", x), (BLUR, gate.views.blur(x)), (ZOOM, gate.views.zoom(x))):
+        for name in (*BRANCHES, TRIPWIRE):
+            read = gate.views.encoders[name].readout(seen)
+            features |= {name + part + how: value for part, value in read.items()}
     embedding, confidence, score = gate(pixels)
-    centres = [gate.get_buffer(f"centre_{name}") for name in BRANCHES]
-    assert torch.allclose(embedding, embed([features[name] for name in BRANCHES], centres), atol=1e-5)
+    expected = []
+    for name in BRANCHES:
+        layout = gate.get_submodule(f"layout_{name}")(features[name + LAYOUT])
+        centred = {
+            part: features[name + part] - gate.get_buffer(f"centre_{name}{part}".replace(".", "_")) for part in ("", EARLY)
+        }
+        expected.append({**centred, LAYOUT: layout})
+    assert torch.allclose(embedding, embed(expected), atol=1e-5)
     expected_confidence, expected_score = gate.detector(features)
     assert torch.allclose(confidence, expected_confidence, atol=1e-4)
     assert torch.allclose(score, expected_score, atol=1e-3)
@@ -87,5 +94,11 @@ def test_the_zoom_is_the_stretched_middle(height: int, width: int) -> None:
 
 def test_views_that_no_detector_wants_are_not_computed(toy_calibrated: Calibrated) -> None:
     gate = toy_calibrated.gate
-    assert len(gate.wanted) == len(set(gate.wanted)) == 7
+    assert set(gate.wanted) == {
+        *(f"{name}{part}" for name in BRANCHES for part in ("", EARLY, LAYOUT)),
+        *(f"{TRIPWIRE}{part}{how}" for part in ("", EARLY) for how in ("", BLUR)),
+        *(f"{BMP}{part}{BLUR}" for part in ("", EARLY)),
+        TRIPWIRE + ZOOM,
+    }
+    assert len(gate.wanted) == len(set(gate.wanted))
     assert isinstance(gate, Gate)

@@ -142,6 +142,21 @@ def test_a_branchs_head_is_the_one_that_evaluation_trains(tiny: Path, classes: i
     np.testing.assert_allclose(embedding[:, :8] @ head.weight + head.bias, expected, atol=2e-3)
 
 
+@pytest.mark.parametrize(("informed", "width"), [(0, 3), (3, 5), (6, 8)])
+def test_a_head_reads_as_many_parts_of_its_branch_as_help(tiny: Path, informed: int, width: int) -> None:
+    manifest = load_bundle(tiny).manifest
+    parted = manifest.branches[0].model_copy(update={"parts": (3, 2, 3)})
+    manifest = manifest.model_copy(update={"branches": (parted, *manifest.branches[1:])})
+    labels = np.arange(120) % 3
+    embedding, _ = some(120)
+    embedding[:, informed] += labels.astype(np.float32)
+    heads = train_heads(manifest, embedding, labels, 3)
+    assert len(heads[0].weight) == width
+    assert (heads[0].start, heads[1].start, len(heads[1].weight)) == (0, 8, 8)
+    found = (embedding[:, :width] @ heads[0].weight + heads[0].bias).argmax(axis=1)
+    assert (found == labels).mean() > 0.8
+
+
 def test_training_publishes_a_version_that_classifies(tiny: Path, digits: Path) -> None:
     was = {file: file.read_bytes() for file in tiny.rglob("*") if file.is_file()}
     steps: list[int] = []

@@ -52,7 +52,7 @@ def linear_target(*, heads: bool = True, flat: bool = False) -> Target:
         score = (x @ tempting).square().sum(dim=1) / 40
         score = (score - 0.2).clamp_min(0) if flat else score
         confidence = torch.exp(-score[:, None] - torch.stack([f.square().mean(dim=1) for f in features.values()], dim=1))
-        embedding = embed([features[name] for name in BRANCHES], [torch.ones(8)] * 3)
+        embedding = embed([{"": features[name] - 1} for name in BRANCHES])
         fused = fuse(logits, rfdm_weights(logits))
         return Seen(embedding, confidence, score, features, logits if heads else None, fused if heads else None)
 
@@ -284,7 +284,7 @@ def test_the_suite_on_trained_networks(toy_encoder: Encoder) -> None:
         score = distance(_affine(features[MPAE[0]]) @ across - centres[2], features[BMP] - centres[2])
         logits = torch.stack([_affine(features[name]) @ heads[name] for name in BRANCHES], dim=1)
         confidence = torch.exp(-score)[:, None].expand(-1, 3)
-        embedding = embed([features[name] for name in BRANCHES], centres)
+        embedding = embed([{"": features[name] - centre} for name, centre in zip(BRANCHES, centres, strict=True)])
         return Seen(embedding, confidence, score, features, logits, logits.mean(dim=1))
 
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE
+from hardening.branches import BMP, BRANCHES, EARLY, MPAE, TRIPWIRE
 from hardening.detectors.consistency import BLUR, ZOOM, ConsistencyDetector
 
 DIM = 12
@@ -21,9 +21,12 @@ def clean_features(n: int, seed: int) -> dict[str, Tensor]:
     chance = torch.Generator().manual_seed(seed)
     scene = torch.randn(n, 8, generator=chance)
     found = {name: scene @ way + 0.3 * torch.randn(n, DIM, generator=chance) for name, way in ways.items()}
+    # Early stages see less of the scene.
+    found |= {name + EARLY: scene @ way[:, :5] + torch.randn(n, 5, generator=chance) for name, way in ways.items()}
     for name in (TRIPWIRE, BMP):
-        for view in (BLUR, ZOOM):
-            found[name + view] = found[name] + 0.3 * torch.randn(n, DIM, generator=chance)
+        for view in (name, name + EARLY):
+            for how in (BLUR, ZOOM):
+                found[view + how] = found[view] + 0.3 * torch.randn(found[view].shape, generator=chance)
     return found
 
 
@@ -71,6 +74,27 @@ def test_a_branch_that_leaves_the_others_loses_confidence(detector: ConsistencyD
     assert confidence[:, branch].median() < 0.05
     if view in (TRIPWIRE, BMP):
         assert score.median() > clean_score.median() + 2
+
+
+def test_an_attack_that_only_early_stages_of_the_tripwire_see_is_seen(detector: ConsistencyDetector) -> None:
+    found = clean_features(300, 3)
+    confidence, before = detector(found)
+    found[TRIPWIRE + EARLY] = found[TRIPWIRE + EARLY] + 3
+    after, score = detector(found)
+    column = detector.branches.index(TRIPWIRE)
+    assert after[:, column].median() < 0.05 < confidence[:, column].median()
+    assert score.median() > before.median() + 2
+
+
+def test_encoders_without_early_stages_are_judged_by_their_features() -> None:
+    def features(n: int, seed: int) -> dict[str, Tensor]:
+        return {view: value for view, value in clean_features(n, seed).items() if EARLY not in view}
+
+    detector = ConsistencyDetector.fit(features(500, 1))
+    found = features(200, 2)
+    _, before = detector(found)
+    found[TRIPWIRE] = found[TRIPWIRE].flip(0)
+    assert detector(found)[1].median() > before.median() + 2
 
 
 @pytest.mark.parametrize("view", [TRIPWIRE, BMP])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hardening.branches import BRANCHES
 from hardening.calibrate import assemble, calibrate
 from hardening.data import prepare
 from hardening.encoders import Encoder
@@ -43,16 +42,22 @@ def toy_bundles(task_folder: Path, trained_toy: Encoder, tmp_path_factory: pytes
         )
         model = export(calibrated.gate, sample[:2])
         branches = calibrated.gate.detector.branches
-        dims = {"mpae_victim": tuned["victim"].dim, "mpae_auxiliary": tuned["auxiliary"].dim, "bmp": tuned["bmp"].dim}
+        dims = calibrated.gate.dims()
         roles = {"mpae_victim": "mpae", "mpae_auxiliary": "mpae", "bmp": "bmp", "tripwire": "tripwire"}
         manifest = Manifest(
             name="toy",
             version=1,
             created=datetime(2025, 1, 1, tzinfo=UTC),
             pixels=rule,
-            embedding_dim=sum(dims[name] for name in BRANCHES),
+            embedding_dim=sum(map(sum, dims.values())),
             branches=tuple(
-                Branch(name=name, role=roles[name], description="", embedding_dim=dims.get(name, 0))  # type: ignore[arg-type]
+                Branch(
+                    name=name,
+                    role=roles[name],  # type: ignore[arg-type]
+                    description="",
+                    embedding_dim=sum(dims.get(name, ())),
+                    parts=dims.get(name, ()),
+                )
                 for name in branches
             ),
             detector=Detector(name="consistency", description=""),

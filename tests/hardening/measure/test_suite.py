@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hardening.branches import BRANCHES, Head, Standard
+from hardening.branches import BRANCHES
 from hardening.calibrate import Calibrated, calibrate
 from hardening.data import Dataset
 from hardening.encoders import Encoder
@@ -45,7 +45,7 @@ def judged(
     task = SimpleNamespace(
         name="t",
         labels=np.array(labels),
-        heads={"bmp": None},
+        victim_head=object(),
         own_calibration=TABLE,
         predictions=lambda values, manifest: {name: np.array(found) for name, found in after.items()},
     )
@@ -92,19 +92,16 @@ def test_detection_by_hand() -> None:
 
 
 def test_the_guard_reads_each_branchs_own_confidence() -> None:
-    def head(*logits: float) -> Head:
-        return Head(Standard(torch.zeros(1), torch.ones(1)), torch.zeros(2, 1), torch.tensor(logits))
-
-    heads = {"mpae_victim": head(2, 0), "mpae_auxiliary": head(2, 0), "bmp": head(0, 3)}
-    ours = [Linear(name, 0, np.zeros((1, 2)), one.bias.double().numpy()) for name, one in heads.items()]
-    values = {name: torch.zeros(1, 1) for name in (*BRANCHES, "embedding")}
+    logits_of = {"mpae_victim": (2.0, 0.0), "mpae_auxiliary": (2.0, 0.0), "bmp": (0.0, 3.0)}
+    ours = [Linear(name, 0, np.zeros((1, 2)), np.array(logits)) for name, logits in logits_of.items()]
+    values = {"embedding": torch.zeros(1, 1)}
     for order in (BRANCHES, BRANCHES[::-1]):
         manifest = SimpleNamespace(branches=[SimpleNamespace(name=name) for name in order])
         for doubted, expected in (("bmp", 0), ("mpae_victim", 1)):
             confidence = torch.tensor([[0.0 if name[:4] == doubted[:4] else 1.0 for name in order]])
             # The served heads come in the order of the manifest.
             served = tuple(sorted(ours, key=lambda one: order.index(one.branch)))
-            task: Task = SimpleNamespace(heads=heads, served=served)  # type: ignore[assignment]
+            task: Task = SimpleNamespace(victim_head=None, served=served)  # type: ignore[assignment]
             task.served_logits = partial(Task.served_logits, task)  # type: ignore[method-assign]
             logits = Task.system_logits(task, {**values, "confidence": confidence}, manifest)  # type: ignore[arg-type]
             assert int(logits[GUARDED].argmax()) == expected

@@ -1,0 +1,89 @@
+"""Honest changes drawn at random: what happens to pictures on their way through apps, for the detector to learn.
+
+`hardening.measure.changes` has the fixed ones that are measured; strengths, words, places and colours here are drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import string
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+_RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+
+
+def changed_at_random(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """Each image [N, H, W, 3] uint8 after one change, of a kind and strength drawn for it."""
+    rng = np.random.default_rng(seed)
+    # In turn and not drawn: each kind has its share however few images there are.
+    changed = [_KINDS[number % KINDS](Image.fromarray(image), rng) for number, image in enumerate(images)]
+    return np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in changed])
+
+
+def _jpeg(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=int(rng.integers(30, 96)), subsampling=int(rng.choice([0, 2])))
+    return Image.open(buffer)
+
+
+def _rescaled(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    factor = 2 ** rng.uniform(-1, 1)
+    there, back = (_RESAMPLE[index] for index in rng.integers(0, len(_RESAMPLE), 2))
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, there).resize(image.size, back)
+
+
+def _noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    values = np.asarray(image) + rng.normal(0, rng.uniform(1, 8), (image.height, image.width, 3))
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1)))
+
+
+def _brightness(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    values = 255 * (np.asarray(image) / 255 * rng.uniform(0.6, 1.4)) ** rng.uniform(0.8, 1.25)
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def _screenshot(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """On a page of one colour, scaled, with bars of another colour above or below."""
+    width, height = image.size
+    page = Image.new("RGB", image.size, _grey(rng))
+    draw = ImageDraw.Draw(page)
+    for edge in (0, height):
+        bar = round(height * rng.uniform(0, 0.12))
+        draw.rectangle((0, edge - bar, width, edge + bar), fill=_grey(rng))
+    inside = tuple(round(side * rng.uniform(0.75, 0.95)) for side in image.size)
+    place = tuple(round((side - kept) * rng.uniform(0.2, 0.8)) for side, kept in zip(image.size, inside, strict=True))
+    page.paste(image.resize((inside[0], inside[1]), Image.Resampling.BICUBIC), (place[0], place[1]))
+    return page
+
+
+def _text(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A line of letters at a height and size drawn, on a strip or straight on the picture."""
+    copy = image.copy()
+    draw = ImageDraw.Draw(copy)
+    size = max(8, round(copy.height * rng.uniform(0.08, 0.2)))
+    top = round(rng.uniform(0, copy.height - size))
+    if rng.random() < 0.5:
+        draw.rectangle((0, top, copy.width, top + size), fill=_grey(rng))
+    letters = "".join(rng.choice(list(string.ascii_letters + string.digits + "  !?%&."), 40))
+    colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+    draw.text((round(rng.uniform(0, copy.width / 3)), top - 1), letters, fill=colour, font_size=size)
+    return copy
+
+
+def _grey(rng: np.random.Generator) -> tuple[int, int, int]:
+    """Nearly grey, of any lightness."""
+    value = int(rng.integers(0, 240))
+    red, green, blue = (value + int(shift) for shift in rng.integers(0, 16, 3))
+    return red, green, blue
+
+
+_KINDS = (_jpeg, _rescaled, _noise, _blur, _brightness, _screenshot, _text)
+KINDS = len(_KINDS)
