@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hardening.branches import BRANCHES, LAYOUT, PARTS, TRIPWIRE, embed, linear
+from hardening.compact import round_weights
 from hardening.detectors import Detector
 from hardening.detectors.consistency import BLUR, ZOOM
 from hardening.encoders import Encoder
@@ -129,7 +130,10 @@ def _centre(name: str, part: str) -> str:
 def _leading(values: Tensor) -> nn.Linear:
     """Values [N, d] less their mean, in their leading principal components."""
     pca = PCA(min(LAYOUT_COMPONENTS, values.shape[1], len(values)), svd_solver="full").fit(values.numpy().astype(np.float64))
-    return linear(pca.components_, -pca.components_ @ pca.mean_)
+    layer = linear(pca.components_, np.zeros(len(pca.components_)))
+    round_weights(layer)
+    layer.bias = nn.Parameter(-layer(torch.tensor(pca.mean_, dtype=torch.float32)), requires_grad=False)
+    return layer
 
 
 def needs_tripwire(detector: Detector) -> bool:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hardening.branches import BMP, BRANCHES, EARLY, MPAE, TRIPWIRE, Standard, linear
+from hardening.compact import round_weights
 from hardening.detectors.base import Detector
 
 BLUR, ZOOM = "@blur", "@zoom"
@@ -198,7 +199,9 @@ class _Space(nn.Module):
         standard = Standard.of(features)
         count = max(2, min(_COMPONENTS, features.shape[1], len(features) // 4))
         pca = PCA(count, svd_solver="full").fit(standard(features).numpy())
-        return cls(standard, pca.components_)
+        space = cls(standard, pca.components_)
+        round_weights(space)  # before anything is fitted behind it
+        return space
 
     def standardise(self, features: Tensor) -> Tensor:
         """Features [N, d], or their first columns alone."""
