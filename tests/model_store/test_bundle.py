@@ -160,6 +160,17 @@ def test_branches_that_do_not_add_up_are_refused(bundle: Path) -> None:
         load_bundle(bundle)
 
 
+def test_parts_of_a_branch_that_do_not_add_up_are_refused(bundle: Path) -> None:
+    first, *rest = manifest_of(bundle).branches
+    for parts in ((6, 2), (5, 2)):
+        reseal(bundle, branches=(first.model_copy(update={"parts": parts}), *rest))
+        if sum(parts) == first.embedding_dim:
+            assert load_bundle(bundle).manifest.branches[0].parts == parts
+        else:
+            with pytest.raises(BundleError, match="the parts of victim do not add up"):
+                load_bundle(bundle)
+
+
 def test_a_graph_that_is_not_self_contained_is_refused_on_loading(tmp_path: Path) -> None:
     elsewhere, odd = tiny_graph(), tiny_graph()
     elsewhere.graph.initializer[0].external_data.add(key="location", value="weights.bin")
