@@ -2,8 +2,9 @@
 
 Each branch of the embedding gets a linear head, fitted alone as `branches.train_head` does; the fusion of their logits and
 the last softmax are part of one small ONNX graph. `rfdm` is the paper's fusion (ZePAD section 3): each head votes by its own
-certainty. `guarded`, the default, multiplies that vote by `branches.guard`, which takes it from a branch that its own
-evidence speaks against.
+certainty. `guarded`, the default, weighs each head by what it adds to the others on held-out folds (stacking: Wolpert 1992,
+Breiman 1996), the same for every image, and takes the vote from a branch that its own evidence speaks against
+(`branches.guard`): certainty is what an attack makes, and is not asked.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from scipy.optimize import minimize
+from scipy.special import logsumexp
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.model_selection import cross_val_predict
 
 from model_store.bundle import Bundle
 from model_store.errors import TwogateError
@@ -35,6 +39,8 @@ from model_store.tasks import TaskHead, check_head
 Fusion = Literal["guarded", "rfdm"]
 RFDM_K = 3.0
 GUARD_FLOOR, GUARD_LEAST = 0.03, 1e-6
+_TOWARDS_1 = 0.01
+_STEPS = 300
 VALIDATION_SHARE = 0.15
 FOLDS = 3
 MIN_PER_CLASS = 5
@@ -57,6 +63,8 @@ class Linear:
     """[d, C], standardisation folded in."""
     bias: NDArray[np.float64]
     """[C]"""
+    scale: float = 1.0
+    """What the guarded fusion multiplies its logits by."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ def train_heads(manifest: Manifest, embedding: NDArray[np.float32], labels: NDAr
     parts = [branch for branch in manifest.branches if branch.embedding_dim]
     # The embedding is the unit-length features side by side, divided by this.
     root = math.sqrt(len(parts))
-    heads, start = [], 0
+    heads, held_out, start = [], [], 0
     for branch in parts:
         end = start + branch.embedding_dim
         if branch.role != "tripwire":
@@ -205,8 +213,10 @@ def train_heads(manifest: Manifest, embedding: NDArray[np.float32], labels: NDAr
             prefixes = np.cumsum(branch.parts or (branch.embedding_dim,)).tolist()
             best = max((_fit(columns[:, :width], labels, classes) for width in prefixes), key=lambda fitted: fitted.quality)
             heads.append(Linear(branch.name, start, best.weight * root, best.bias))
+            held_out.append(best.held_out(columns, labels))
         start = end
-    return heads
+    scales = _stack(np.stack(held_out, axis=1), labels)
+    return [replace(head, scale=scale) for head, scale in zip(heads, scales, strict=True)]
 
 
 def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> bytes:
@@ -224,25 +234,25 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
 
     for head in heads:
         b = head.branch
-        constants[f"{b}_weight"] = head.weight.astype(np.float32)
-        constants[f"{b}_bias"] = head.bias.astype(np.float32)
+        scale = head.scale if fusion == "guarded" else 1.0
+        constants[f"{b}_weight"] = (scale * head.weight).astype(np.float32)
+        constants[f"{b}_bias"] = (scale * head.bias).astype(np.float32)
         constants[f"{b}_start"] = np.array([head.start], np.int64)
         constants[f"{b}_end"] = np.array([head.start + len(head.weight)], np.int64)
         node("Slice", ["embedding", f"{b}_start", f"{b}_end", "columns"], f"{b}_features")
         node("Gemm", [f"{b}_features", f"{b}_weight", f"{b}_bias"], f"{b}_logits")
         node("Unsqueeze", [f"{b}_logits", "columns"], f"{b}_row")
-    # RFDM: c = m exp(k (m - 1/2)), with m the largest probability of each branch.
-    constants["half"], constants["steepness"] = np.array(0.5, np.float32), np.array(RFDM_K, np.float32)
-    for head in heads:
-        node("Softmax", [f"{head.branch}_logits"], f"{head.branch}_probabilities", axis=1)
-        node("ReduceMax", [f"{head.branch}_probabilities"], f"{head.branch}_certainty", axes=[1], keepdims=1)
-    node("Concat", [f"{head.branch}_certainty" for head in heads], "certainty", axis=1)
-    node("Sub", ["certainty", "half"], "centred")
-    node("Mul", ["centred", "steepness"], "exponent")
-    node("Exp", ["exponent"], "boost")
-    node("Mul", ["certainty", "boost"], "rfdm")
     if fusion == "rfdm":
-        node("Identity", ["rfdm"], "vote")
+        # c = m exp(k (m - 1/2)), with m the largest probability of each branch.
+        constants["half"], constants["steepness"] = np.array(0.5, np.float32), np.array(RFDM_K, np.float32)
+        for head in heads:
+            node("Softmax", [f"{head.branch}_logits"], f"{head.branch}_probabilities", axis=1)
+            node("ReduceMax", [f"{head.branch}_probabilities"], f"{head.branch}_certainty", axes=[1], keepdims=1)
+        node("Concat", [f"{head.branch}_certainty" for head in heads], "certainty", axis=1)
+        node("Sub", ["certainty", "half"], "centred")
+        node("Mul", ["centred", "steepness"], "exponent")
+        node("Exp", ["exponent"], "boost")
+        node("Mul", ["certainty", "boost"], "vote")
     else:
         constants["voters"] = np.array([names.index(head.branch) for head in heads], np.int64)
         constants["floor"] = np.array(GUARD_FLOOR, np.float32)
@@ -250,8 +260,7 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
         constants["most"] = np.array(1, np.float32)
         node("Gather", ["confidence", "voters"], "trust", axis=1)
         node("Div", ["trust", "floor"], "relative")
-        node("Clip", ["relative", "least", "most"], "guard")
-        node("Mul", ["rfdm", "guard"], "vote")
+        node("Clip", ["relative", "least", "most"], "vote")
     node("ReduceSum", ["vote", "columns"], "votes", keepdims=1)
     node("Div", ["vote", "votes"], "share")
     node("Unsqueeze", ["share", "last"], "share_column")
@@ -282,6 +291,37 @@ class _Fitted:
     """[C]"""
     quality: float
     """Mean log-likelihood of the held-out folds at the chosen penalty."""
+    penalty: float
+    mean: NDArray[np.float64]
+    spread: NDArray[np.float64]
+
+    def held_out(self, features: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Logits [N, C] of features [N, d or more], each by a head that was fitted alike on the other folds."""
+        x = (features[:, : len(self.mean)] - self.mean) / self.spread
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = LogisticRegression(C=self.penalty, max_iter=_STEPS)
+            found = cross_val_predict(model, x, labels, cv=FOLDS, method="decision_function")
+        return _both(found)
+
+
+def _stack(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> list[float]:
+    """Scales of B heads, of their held-out logits [N, B, C]: the likeliest ones of the mean of the scaled logits.
+
+    Drawn towards 1, so that a head that adds little today still has a voice when another one is attacked.
+    """
+
+    def loss(logarithms: NDArray[np.float64]) -> float:
+        fused = np.einsum("nbc,b->nc", logits, np.exp(logarithms)) / len(logarithms)
+        likelihood = fused[np.arange(len(labels)), labels] - logsumexp(fused, axis=1)
+        return float(_TOWARDS_1 * np.square(logarithms).sum() - likelihood.mean())
+
+    return [float(scale) for scale in np.exp(minimize(loss, np.zeros(logits.shape[1]), method="L-BFGS-B").x)]
+
+
+def _both(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """scikit-learn keeps one column for two classes."""
+    return np.stack([-values, values], axis=1) / 2 if values.ndim == 1 else values
 
 
 def _fit(features: NDArray[np.float64], labels: NDArray[np.int64], classes: int) -> _Fitted:
@@ -293,7 +333,7 @@ def _fit(features: NDArray[np.float64], labels: NDArray[np.int64], classes: int)
         Cs=[1e-3, 1e-2, 1e-1, 1.0],
         cv=FOLDS,
         scoring="neg_log_loss",
-        max_iter=300,
+        max_iter=_STEPS,
         l1_ratios=(0,),
         use_legacy_attributes=False,
     )
@@ -302,10 +342,11 @@ def _fit(features: NDArray[np.float64], labels: NDArray[np.int64], classes: int)
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit((features - mean) / scale, labels)
     weight, bias = np.asarray(model.coef_, np.float64), np.asarray(model.intercept_, np.float64)
-    if classes == 2:  # scikit-learn keeps one row of weights for two classes
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    if classes == 2:
+        weight, bias = _both(weight[0]).T, _both(bias)[0]
     weight = weight / scale
-    return _Fitted(weight.T, bias - weight @ mean, float(np.mean(model.scores_, axis=0).max()))
+    quality = float(np.mean(model.scores_, axis=0).max())
+    return _Fitted(weight.T, bias - weight @ mean, quality, float(np.ravel(model.C_)[0]), mean, scale)
 
 
 def _check_counts(labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:

@@ -80,14 +80,15 @@ class Task:
         heads = [head.branch for head in self.served]
         names = [branch.name for branch in manifest.branches]
         confidence = values["confidence"][:, [names.index(name) for name in heads]]
-        weights = rfdm_weights(logits)
+        scales = torch.tensor([head.scale for head in self.served]).to(logits)
+        even = torch.full_like(confidence, 1 / len(heads))
         found = {
             "hardened victim alone": logits[:, heads.index(MPAE[0])],
             "hardened auxiliary alone": logits[:, heads.index(MPAE[1])],
             "BMP alone": logits[:, heads.index(BMP)],
             "three branches, plain average": logits.mean(dim=1),
-            "three branches, RFDM": fuse(logits, weights),
-            GUARDED: fuse(logits, guard(weights, confidence)),
+            "three branches, RFDM": fuse(logits, rfdm_weights(logits)),
+            GUARDED: fuse(logits * scales[:, None], guard(even, confidence)),
         }
         if TRIPWIRE in values and self.victim_head is not None:
             found[UNDEFENDED] = self.victim_head(values[TRIPWIRE])

@@ -34,12 +34,14 @@ def by_the_formulas(
 ) -> NDArray[np.float64]:
     """Probabilities [N, C] in float64, written down from the paper and not from the graph."""
     logits = np.stack([embedding[:, h.start : h.start + len(h.weight)] @ h.weight + h.bias for h in heads], axis=1)
-    m = softmax(logits).max(axis=2)
-    weights = m * np.exp(3 * (m - 0.5))
     if fusion == "guarded":
         names = [branch.name for branch in manifest.branches]
         trust = np.stack([confidence[:, names.index(h.branch)] for h in heads], axis=1)
-        weights = weights * np.clip(trust.astype(np.float64) / 0.03, 1e-6, 1)
+        weights = np.clip(trust.astype(np.float64) / 0.03, 1e-6, 1)
+        logits = logits * np.array([h.scale for h in heads])[:, None]
+    else:
+        m = softmax(logits).max(axis=2)
+        weights = m * np.exp(3 * (m - 0.5))
     weights = weights / weights.sum(axis=1, keepdims=True)
     return softmax((weights[:, :, None] * logits).sum(axis=1))
 
@@ -82,9 +84,11 @@ def test_the_formulas_are_those_of_the_branches(tiny: Path, fusion: Fusion) -> N
     embedding, confidence = some(50)
     stacked = [torch.as_tensor(embedding[:, h.start : h.start + 8] @ h.weight + h.bias) for h in heads]
     logits = torch.stack(stacked, dim=1)
-    weights = rfdm_weights(logits)
     if fusion == "guarded":
-        weights = guard(weights, torch.as_tensor(confidence[:, :3], dtype=torch.float64))
+        weights = guard(torch.ones(50, 3), torch.as_tensor(confidence[:, :3], dtype=torch.float64))
+        logits = logits * torch.tensor([h.scale for h in heads])[:, None]
+    else:
+        weights = rfdm_weights(logits)
     expected = fuse(logits, weights).softmax(dim=1).numpy()
     np.testing.assert_allclose(by_the_formulas(manifest, heads, embedding, confidence, fusion), expected, atol=1e-9)
 
@@ -155,6 +159,18 @@ def test_a_head_reads_as_many_parts_of_its_branch_as_help(tiny: Path, informed: 
     assert (heads[0].start, heads[1].start, len(heads[1].weight)) == (0, 8, 8)
     found = (embedding[:, :width] @ heads[0].weight + heads[0].bias).argmax(axis=1)
     assert (found == labels).mean() > 0.8
+
+
+def test_a_head_that_adds_nothing_to_the_others_is_turned_down_and_not_off(tiny: Path) -> None:
+    manifest = load_bundle(tiny).manifest
+    rng = np.random.default_rng(1)
+    labels = np.arange(400) % 4
+    embedding = rng.normal(size=(400, 24)).astype(np.float32)
+    embedding[:, 0] += 2 * np.float32(labels % 2)  # two heads that know half of it each, and one that knows nothing
+    embedding[:, 8] += 2 * np.float32(labels // 2)
+    scales = [head.scale for head in train_heads(manifest, embedding, labels, 4)]
+    assert min(scales[:2]) > 1.2
+    assert 0.05 < scales[2] < 0.8 * min(scales[:2])
 
 
 def test_training_publishes_a_version_that_classifies(tiny: Path, digits: Path) -> None:

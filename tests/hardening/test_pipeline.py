@@ -175,7 +175,8 @@ def test_the_manifest_and_the_card_tell_the_run(killed: Killed) -> None:
     assert provenance["data"]["classes"] == ["class0", "class1", "class2", "class3"]
     assert {"torch", "onnx", "timm"} <= set(provenance["libraries"])
     assert set(provenance["seconds"]) >= {"finetune victim", "pretrain bmp"}
-    assert manifest.embedding_dim == 3 * 64
+    assert [branch.parts for branch in manifest.branches] == [(64, 16 + 32, 32)] * 3 + [()]
+    assert manifest.embedding_dim == 3 * 144
     assert [branch.role for branch in manifest.branches] == ["mpae", "mpae", "bmp", "tripwire"]
     assert manifest.calibration.n == provenance["data"]["splits"]["calibration"]
     card = (killed.bundle / "card.md").read_text(encoding="utf-8")

@@ -19,7 +19,13 @@ def drawn_heads(classes: int = len(CLASSES), *, seed: int = 0) -> list[Linear]:
     """A head for each branch of the tiny bundle's embedding."""
     rng = np.random.default_rng(seed)
     return [
-        Linear(branch.name, number * BRANCH_DIM, rng.normal(0, 6, (BRANCH_DIM, classes)), rng.normal(0, 1, classes))
+        Linear(
+            branch.name,
+            number * BRANCH_DIM,
+            rng.normal(0, 6, (BRANCH_DIM, classes)),
+            rng.normal(0, 1, classes),
+            scale=0.7 + 0.4 * number,
+        )
         for number, branch in enumerate(BRANCHES[:3])
     ]
 
