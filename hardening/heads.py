@@ -2,9 +2,8 @@
 
 Each branch of the embedding gets a linear head, fitted alone as `branches.train_head` does; the fusion of their logits and
 the last softmax are part of one small ONNX graph. `rfdm` is the paper's fusion (ZePAD section 3): each head votes by its own
-certainty. `guarded`, the default, weighs each head by what it adds to the others on held-out folds (stacking: Wolpert 1992,
-Breiman 1996), the same for every image, and takes the vote from a branch that its own evidence speaks against
-(`branches.guard`): certainty is what an attack makes, and is not asked.
+certainty. `guarded`, the default, also weighs the heads' logits by what they add to each other on held-out folds (stacking:
+Wolpert 1992, Breiman 1996), and takes the vote from a branch that its own evidence speaks against (`branches.guard`).
 """
 
 from __future__ import annotations
@@ -232,27 +231,28 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
     def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
         nodes.append(helper.make_node(kind, inputs, [output], **attributes))
 
+    # RFDM: c = m exp(k (m - 1/2)), with m the largest probability of each branch.
+    constants["half"], constants["steepness"] = np.array(0.5, np.float32), np.array(RFDM_K, np.float32)
     for head in heads:
         b = head.branch
-        scale = head.scale if fusion == "guarded" else 1.0
-        constants[f"{b}_weight"] = (scale * head.weight).astype(np.float32)
-        constants[f"{b}_bias"] = (scale * head.bias).astype(np.float32)
+        constants[f"{b}_weight"] = head.weight.astype(np.float32)
+        constants[f"{b}_bias"] = head.bias.astype(np.float32)
         constants[f"{b}_start"] = np.array([head.start], np.int64)
         constants[f"{b}_end"] = np.array([head.start + len(head.weight)], np.int64)
+        constants[f"{b}_scale"] = np.array(head.scale if fusion == "guarded" else 1, np.float32)
         node("Slice", ["embedding", f"{b}_start", f"{b}_end", "columns"], f"{b}_features")
         node("Gemm", [f"{b}_features", f"{b}_weight", f"{b}_bias"], f"{b}_logits")
-        node("Unsqueeze", [f"{b}_logits", "columns"], f"{b}_row")
+        node("Softmax", [f"{b}_logits"], f"{b}_probabilities", axis=1)
+        node("ReduceMax", [f"{b}_probabilities"], f"{b}_certainty", axes=[1], keepdims=1)
+        node("Mul", [f"{b}_logits", f"{b}_scale"], f"{b}_scaled")
+        node("Unsqueeze", [f"{b}_scaled", "columns"], f"{b}_row")
+    node("Concat", [f"{head.branch}_certainty" for head in heads], "certainty", axis=1)
+    node("Sub", ["certainty", "half"], "centred")
+    node("Mul", ["centred", "steepness"], "exponent")
+    node("Exp", ["exponent"], "boost")
+    node("Mul", ["certainty", "boost"], "rfdm")
     if fusion == "rfdm":
-        # c = m exp(k (m - 1/2)), with m the largest probability of each branch.
-        constants["half"], constants["steepness"] = np.array(0.5, np.float32), np.array(RFDM_K, np.float32)
-        for head in heads:
-            node("Softmax", [f"{head.branch}_logits"], f"{head.branch}_probabilities", axis=1)
-            node("ReduceMax", [f"{head.branch}_probabilities"], f"{head.branch}_certainty", axes=[1], keepdims=1)
-        node("Concat", [f"{head.branch}_certainty" for head in heads], "certainty", axis=1)
-        node("Sub", ["certainty", "half"], "centred")
-        node("Mul", ["centred", "steepness"], "exponent")
-        node("Exp", ["exponent"], "boost")
-        node("Mul", ["certainty", "boost"], "vote")
+        node("Identity", ["rfdm"], "vote")
     else:
         constants["voters"] = np.array([names.index(head.branch) for head in heads], np.int64)
         constants["floor"] = np.array(GUARD_FLOOR, np.float32)
@@ -260,7 +260,8 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
         constants["most"] = np.array(1, np.float32)
         node("Gather", ["confidence", "voters"], "trust", axis=1)
         node("Div", ["trust", "floor"], "relative")
-        node("Clip", ["relative", "least", "most"], "vote")
+        node("Clip", ["relative", "least", "most"], "guard")
+        node("Mul", ["rfdm", "guard"], "vote")
     node("ReduceSum", ["vote", "columns"], "votes", keepdims=1)
     node("Div", ["vote", "votes"], "share")
     node("Unsqueeze", ["share", "last"], "share_column")
@@ -306,13 +307,16 @@ class _Fitted:
 
 
 def _stack(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> list[float]:
-    """Scales of B heads, of their held-out logits [N, B, C]: the likeliest ones of the mean of the scaled logits.
+    """Scales of B heads, of their held-out logits [N, B, C]: the likeliest ones of the scaled logits' RFDM fusion.
 
     Drawn towards 1, so that a head that adds little today still has a voice when another one is attacked.
     """
+    certainty = np.exp(logits.max(axis=2) - logsumexp(logits, axis=2))
+    votes = certainty * np.exp(RFDM_K * (certainty - 0.5))
+    shares = votes / votes.sum(axis=1, keepdims=True)
 
     def loss(logarithms: NDArray[np.float64]) -> float:
-        fused = np.einsum("nbc,b->nc", logits, np.exp(logarithms)) / len(logarithms)
+        fused = np.einsum("nbc,nb,b->nc", logits, shares, np.exp(logarithms))
         likelihood = fused[np.arange(len(labels)), labels] - logsumexp(fused, axis=1)
         return float(_TOWARDS_1 * np.square(logarithms).sum() - likelihood.mean())
 

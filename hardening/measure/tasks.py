@@ -81,14 +81,14 @@ class Task:
         names = [branch.name for branch in manifest.branches]
         confidence = values["confidence"][:, [names.index(name) for name in heads]]
         scales = torch.tensor([head.scale for head in self.served]).to(logits)
-        even = torch.full_like(confidence, 1 / len(heads))
+        weights = rfdm_weights(logits)
         found = {
             "hardened victim alone": logits[:, heads.index(MPAE[0])],
             "hardened auxiliary alone": logits[:, heads.index(MPAE[1])],
             "BMP alone": logits[:, heads.index(BMP)],
             "three branches, plain average": logits.mean(dim=1),
-            "three branches, RFDM": fuse(logits, rfdm_weights(logits)),
-            GUARDED: fuse(logits * scales[:, None], guard(even, confidence)),
+            "three branches, RFDM": fuse(logits, weights),
+            GUARDED: fuse(logits * scales[:, None], guard(weights, confidence)),
         }
         if TRIPWIRE in values and self.victim_head is not None:
             found[UNDEFENDED] = self.victim_head(values[TRIPWIRE])
