@@ -17,6 +17,8 @@ Changed from the published code:
 - G mixes 32 noise maps, not as many as a batch has images (256), and batches are of 32: few surrogate images still give many
   steps, and a step is affordable without an accelerator.
 - A patch is G's output around mid-grey, not around black, where half of it would be clipped away and learn nothing.
+- The clamps to PER's budget and PAT's colours pass gradients that lead back inside. Plain ones have none outside: G leaves
+  PER's budget within its first epoch, and would learn nothing more.
 - The encoder gets no gradients.
 """
 
@@ -73,7 +75,7 @@ def per(
     size = epsilon / 255
 
     def attack(x: Tensor, made: Tensor) -> Tensor:
-        return (x + made.clamp(-size, size)).clamp(0, 1)
+        return (x + _within(made, size)).clamp(0, 1)
 
     made = _train(encoder, surrogate, attack, "attack: AdvEncoder-PER", epochs=epochs, seed=seed, device=device, bars=bars)
     return np.asarray((made * 255).clip(-epsilon, epsilon), dtype=np.float32)
@@ -96,7 +98,7 @@ def pat(
     here = torch.from_numpy(mask).to(device)
 
     def attack(x: Tensor, made: Tensor) -> Tensor:
-        return torch.where(here, (made + 0.5).clamp(0, 1), x)
+        return torch.where(here, _within(made, 0.5) + 0.5, x)
 
     made = _train(encoder, surrogate, attack, "attack: AdvEncoder-PAT", epochs=epochs, seed=seed, device=device, bars=bars)
     pixels = np.rint((made + 0.5).clip(0, 1) * 255).astype(np.uint8)
@@ -164,6 +166,15 @@ def _loss(x: Tensor, attacked: Tensor, clean: Tensor, features: Tensor) -> Tenso
     change = attacked - x
     # Hi is linear: Hi(x') - Hi(x) = Hi(x' - x).
     return -_ADVERSARIAL_WEIGHT * contrast + change.square().mean() - _high_pass(change).square().mean()
+
+
+def _within(made: Tensor, size: float) -> Tensor:
+    """Clamp to [-size, size]; the gradient stops only where it would push further out."""
+    kept = made + (made.clamp(-size, size) - made).detach()
+    if kept.requires_grad:
+        outside = torch.where(made.abs() > size, made.sign(), 0)
+        kept.register_hook(lambda gradient: torch.where(gradient.sign() * outside < 0, 0, gradient))  # type: ignore[no-untyped-call]
+    return kept
 
 
 def _high_pass(images: Tensor) -> Tensor:

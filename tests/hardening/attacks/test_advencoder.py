@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from hardening.attacks.advencoder import Patch, TooFewImages, _high_pass, apply_patch, pat, per
+from hardening.attacks.advencoder import Patch, TooFewImages, _high_pass, _within, apply_patch, pat, per
 from hardening.attacks.features import apply_universal
 from hardening.encoders import Encoder, features
 from model_store.errors import TwogateError
@@ -83,6 +83,17 @@ def test_more_epochs_are_never_much_weaker(toy_encoder: Encoder, surrogate: Imag
     for moved in (by_per, by_pat):
         assert all(later >= 0.95 * earlier for earlier, later in itertools.pairwise(moved))
         assert moved[2] > 5 * moved[0]
+
+
+def test_what_left_the_budget_can_come_back() -> None:
+    values, inside = [-2.0, -2.0, 0.5, 0.5, 2.0, 2.0], [-1.0, -1.0, 0.5, 0.5, 1.0, 1.0]
+    made = torch.tensor(values, requires_grad=True)
+    kept = _within(made, 1)
+    assert torch.equal(kept.detach(), torch.tensor(inside))
+    # A step goes against the gradient: the first of each pair would go down, the second up.
+    (gradient,) = torch.autograd.grad(kept, made, torch.tensor([1.0, -1.0] * 3))
+    assert gradient.tolist() == [0, -1, 1, -1, 1, 0]
+    assert not _within(made.detach(), 1).requires_grad
 
 
 def test_both_are_seeded(toy_encoder: Encoder, surrogate: Images) -> None:
