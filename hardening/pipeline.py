@@ -269,7 +269,7 @@ def _branches(recipe: Recipe, gate: Gate) -> tuple[Branch, ...]:
 
 def _bmp_training(recipe: Recipe) -> str:
     epsilon = recipe.bmp_finetune.epsilon if recipe.bmp_finetune.epochs else 0
-    return f"lightly hardened against transfer (epsilon {epsilon:g})" if epsilon else "and only clean ones"
+    return f"adversarially fine-tuned too (epsilon {epsilon:g})" if epsilon else "and only clean ones"
 
 
 def _training_seconds(run: Path) -> dict[str, int]:

@@ -130,7 +130,7 @@ class Recipe(_Part):
     finetune: Finetune = Finetune()
     bmp_finetune: Finetune = Field(
         default=Finetune(epsilon=0, epochs=4),
-        description="on clean images; a small `epsilon` (2) keeps attacks on the victim from transferring to BMP",
+        description="on clean images, or with an `epsilon`: who knows the method attacks the branch that gives way first",
     )
     detector: Literal["consistency", "paper"] = "consistency"
     evaluate: Evaluate = Evaluate()

@@ -72,7 +72,8 @@ class ConsistencyDetector(Detector):
     name = "consistency"
     description = (
         "the undefended victim kept as tripwire; shifts of tripwire and BMP under blur and zoom, their residuals from the "
-        "MPAE branches' prediction; sum of normal scores and conformal p per branch; score = larger -ln(p / share)"
+        "MPAE branches' prediction, in features and early stages; sum of normal scores and conformal p per branch; "
+        "score = larger -ln(p / share)"
     )
     views = (
         *(name + part for name in (*BRANCHES, TRIPWIRE) for part in ("", EARLY)),
