@@ -135,9 +135,22 @@ def finetune(
         history = run_epochs(job, recipe.epochs, seed, folder / f"{job}.checkpoint.pt", parts, epoch)
     if best.state:
         tuned.load_state_dict(best.state)
+    interpolate(tuned, public, recipe.interpolation)
     save_tensors(done, {"encoder": tuned.state_dict(), "history": history})
     (folder / f"{job}.checkpoint.pt").unlink(missing_ok=True)
     return tuned.cpu().eval(), history
+
+
+def interpolate(tuned: Encoder, public: Encoder, share: float) -> None:
+    """Move the weights of `tuned` back towards those it started from; `share` of the way from there to here remains.
+
+    Robust fine-tuning by weight interpolation (WiSE-FT; Wortsman et al., CVPR 2022, section 3), there against distribution
+    shift. It needs tuning mild enough that the way between the two is straight.
+    """
+    start = public.state_dict()
+    ended = tuned.state_dict()
+    # Counters of BatchNorm, where it stayed, are whole numbers and did not move.
+    tuned.load_state_dict({name: start[name].lerp(end, share) if end.is_floating_point() else end for name, end in ended.items()})
 
 
 class _Trainer:

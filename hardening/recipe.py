@@ -102,6 +102,13 @@ class Finetune(_Part):
     )
     relation: Literal["features", "genaf_logits"] = "features"
     relation_weight: float = Field(default=1.0, ge=0)
+    interpolation: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the tuned weights in those that are kept, the rest being the public ones: less gives up some "
+        "robustness for clean accuracy, and works for mildly tuned encoders only",
+    )
     flip: bool = Field(default=True, description="mirror images left to right at random; not for digits or signs")
     crop: float = Field(default=0.7, gt=0, le=1, description="smallest share of the picture's side that a crop keeps")
 

@@ -131,6 +131,28 @@ def test_the_best_epoch_by_validation_is_kept(toy_encoder: Encoder, train: Split
         assert same == (number == best)
 
 
+def test_interpolated_weights_lie_between_the_public_and_the_tuned(
+    toy_encoder: Encoder, train: Split, validation: Split, tmp_path: Path
+) -> None:
+    few = train[0][:32], train[1][:32]
+    ends = [
+        tune(
+            toy_encoder,
+            few,
+            validation,
+            tmp_path / str(share),
+            RECIPE.model_copy(update={"interpolation": share, "epochs": 1}),
+        )
+        for share in (1.0, 0.25)
+    ]
+    public, _ = tune(toy_encoder, few, validation, tmp_path / "0", RECIPE.model_copy(update={"epochs": 0}))
+    for (name, tuned), start, between in zip(
+        ends[0][0].state_dict().items(), public.state_dict().values(), ends[1][0].state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(between, start + 0.25 * (tuned - start), msg=name)
+    assert any(not tuned.equal(start) for tuned, start in zip(ends[0][0].parameters(), public.parameters(), strict=True))
+
+
 def test_best_offers() -> None:
     layer = nn.Linear(1, 1)
     best = Best()
