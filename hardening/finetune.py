@@ -147,10 +147,9 @@ def interpolate(tuned: Encoder, public: Encoder, share: float) -> None:
     Robust fine-tuning by weight interpolation (WiSE-FT; Wortsman et al., CVPR 2022, section 3), there against distribution
     shift. It needs tuning mild enough that the way between the two is straight.
     """
-    start = public.state_dict()
-    ended = tuned.state_dict()
+    start, ends = public.state_dict(), tuned.state_dict()
     # Counters of BatchNorm, where it stayed, are whole numbers and did not move.
-    tuned.load_state_dict({name: start[name].lerp(end, share) if end.is_floating_point() else end for name, end in ended.items()})
+    tuned.load_state_dict({name: start[name].lerp(end, share) if end.is_floating_point() else end for name, end in ends.items()})
 
 
 class _Trainer:
