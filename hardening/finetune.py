@@ -149,7 +149,8 @@ def interpolate(tuned: Encoder, public: Encoder, share: float) -> None:
     """
     start, ends = public.state_dict(), tuned.state_dict()
     # Counters of BatchNorm, where it stayed, are whole numbers and did not move.
-    tuned.load_state_dict({name: start[name].lerp(end, share) if end.is_floating_point() else end for name, end in ends.items()})
+    mixed = {name: start[name].lerp(end, share) if end.is_floating_point() else end for name, end in ends.items()}
+    tuned.load_state_dict(mixed)
 
 
 class _Trainer:
