@@ -39,7 +39,7 @@ from hardening.memory import keep_freed_memory
 from hardening.pretrain import pretrain
 from hardening.progress import Bars
 from hardening.provenance import commit
-from hardening.recipe import EncoderSpec, Recipe, load_recipe
+from hardening.recipe import Recipe, load_recipe
 from hardening.workers import Job, run_jobs
 from model_store.bundle import Bundle, load_bundle, verify_bundle
 from model_store.errors import TwogateError
@@ -181,7 +181,7 @@ def public_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, 
     spec: Any = getattr(recipe, role)
     # Encoders of one architecture must not start from the same random weights. What stands in for a public encoder is the
     # same one for every seed of a defence, as a downloaded file would be.
-    public = spec.pretrain is not None and spec.pretrain.split == "public" and not spec.keyed
+    public = spec.pretrain is not None and spec.pretrain.split == "public"
     seed = ROLES.index(role) + (0 if public else recipe.seed)
     # Said once, not again when a finished training is loaded.
     done = (run / "encoders" / f"finetune {role}.pt").exists()
@@ -251,10 +251,8 @@ def _branches(recipe: Recipe, gate: Gate) -> tuple[Branch, ...]:
     dims = gate.dims()
     described = {
         MPAE[0]: f"the public victim ({recipe.victim.architecture}), adversarially fine-tuned",
-        MPAE[1]: f"a second {'' if recipe.auxiliary.keyed else 'public '}encoder ({recipe.auxiliary.architecture}), "
-        f"adversarially fine-tuned{_keyed(recipe.auxiliary)}",
-        BMP: f"an encoder ({recipe.bmp.architecture}) that knows local images only, "
-        f"{_bmp_training(recipe)}{_keyed(recipe.bmp)}",
+        MPAE[1]: f"a second public encoder ({recipe.auxiliary.architecture}), adversarially fine-tuned",
+        BMP: f"an encoder ({recipe.bmp.architecture}) that knows local images only, {_bmp_training(recipe)}",
         TRIPWIRE: f"the public victim ({recipe.victim.architecture}) as it was; watched, not part of the embedding",
     }
     return tuple(
@@ -267,10 +265,6 @@ def _branches(recipe: Recipe, gate: Gate) -> tuple[Branch, ...]:
         )
         for name in gate.detector.branches
     )
-
-
-def _keyed(spec: EncoderSpec) -> str:
-    return ", behind a secret key" if spec.keyed else ""
 
 
 def _bmp_training(recipe: Recipe) -> str:

@@ -70,8 +70,8 @@ class EncoderSpec(_Part):
     pretrain: Pretrain | None = None
     keyed: bool = Field(
         default=False,
-        description="for `bmp` and `auxiliary`, with `pretrain`: it sees pictures through a secret block-wise transform, "
-        "drawn anew for each run, so that an attacker's stand-in for it is no twin",
+        description="for `bmp`, with `pretrain`: it sees pictures through a secret block-wise transform, drawn anew for each "
+        "run, so that an attacker's stand-in for it is no twin",
     )
 
     @model_validator(mode="after")
@@ -132,9 +132,7 @@ class Recipe(_Part):
     pixels: PixelRule
     splits: Splits = Splits()
     victim: EncoderSpec = Field(description="the public encoder whose applications are to be protected")
-    auxiliary: EncoderSpec = Field(
-        description="a second encoder, public and of another SSL method or architecture, or `keyed` and trained here"
-    )
+    auxiliary: EncoderSpec = Field(description="a second public encoder, of another SSL method or architecture")
     bmp: EncoderSpec = Field(description="the encoder that will know only local data")
     finetune: Finetune = Finetune()
     bmp_finetune: Finetune = Field(
@@ -146,10 +144,10 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        if self.victim.keyed:
-            raise ValueError("only `bmp` and `auxiliary` can be keyed: the victim is what the attacker has")
-        if (self.bmp.keyed or self.auxiliary.keyed) and (self.pixels.height % KEY_BLOCK or self.pixels.width % KEY_BLOCK):
-            raise ValueError(f"`keyed` needs a height and a width that are multiples of {KEY_BLOCK}")
+        if self.victim.keyed or self.auxiliary.keyed:
+            raise ValueError("only `bmp` can be keyed: the others are public encoders")
+        if self.bmp.keyed and (self.pixels.height % KEY_BLOCK or self.pixels.width % KEY_BLOCK):
+            raise ValueError(f"bmp.keyed needs a height and a width that are multiples of {KEY_BLOCK}")
         for role in ("victim", "auxiliary", "bmp"):
             spec: EncoderSpec = getattr(self, role)
             if spec.pretrain and spec.pretrain.split == "public" and self.splits.public == 0:

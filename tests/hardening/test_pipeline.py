@@ -33,12 +33,11 @@ from tests.hardening.conftest import Interrupted, QuietBars
 from tests.support.patterns import patterns, write_patterns, write_pictures
 
 
-def encoder(method: str, split: str, **changes: Any) -> dict[str, Any]:
-    pretrain = {"method": method, "split": split, "epochs": 1, "batch_size": 16}
-    return {"architecture": "resnet8_cifar", "pretrain": pretrain, **changes}
-
-
 def write_recipe(path: Path, *, labelled: bool = True, **changes: Any) -> Path:
+    def encoder(method: str, split: str) -> dict[str, Any]:
+        pretrain = {"method": method, "split": split, "epochs": 1, "batch_size": 16}
+        return {"architecture": "resnet8_cifar", "pretrain": pretrain}
+
     content = {
         "name": "tiny",
         "pixels": {"height": 16, "width": 16},
@@ -277,10 +276,9 @@ def test_the_papers_detector_goes_all_the_way(killed: Killed, tmp_path: Path) ->
     assert "| undefended victim |" in card
 
 
-def test_pictures_without_labels_and_keyed_encoders_go_all_the_way(tmp_path: Path) -> None:
+def test_pictures_without_labels_go_all_the_way(tmp_path: Path) -> None:
     write_pictures(tmp_path / "root", patterns(50)[0])
-    keyed = {role: encoder("simclr", "local", keyed=True) for role in ("auxiliary", "bmp")}
-    file = write_recipe(tmp_path / "tiny.yaml", labelled=False, finetune={"epochs": 1, "steps": 1, "batch_size": 16}, **keyed)
+    file = write_recipe(tmp_path / "tiny.yaml", labelled=False, finetune={"epochs": 1, "steps": 1, "batch_size": 16})
     recipe, root, run = load_recipe(file), tmp_path / "root", tmp_path / "run"
     # The trainings in this process, which is quicker than starting others; `harden` finds them done.
     dataset = data.prepare(root, recipe.pixels, recipe.splits, recipe.seed, run / "data", QuietBars())
@@ -290,10 +288,6 @@ def test_pictures_without_labels_and_keyed_encoders_go_all_the_way(tmp_path: Pat
     manifest = load_bundle(bundle).manifest
     assert manifest.detector.name == "consistency"
     assert manifest.provenance["data"]["classes"] == []
-    behind_a_key = [branch.name for branch in manifest.branches if branch.description.endswith("behind a secret key")]
-    assert behind_a_key == ["mpae_auxiliary", "bmp"]
-    keys = [load_tensors(run / "encoders" / f"key {role}.pt")["key"] for role in ("auxiliary", "bmp")]
-    assert not keys[0].equal(keys[1])
     card = (bundle / "card.md").read_text(encoding="utf-8")
     assert "## Detection" in card
     assert "Accuracy of task heads" not in card

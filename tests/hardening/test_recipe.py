@@ -112,9 +112,7 @@ def test_a_key_needs_pre_training_and_whole_blocks(tmp_path: Path) -> None:
     bmp = {"architecture": "resnet8_cifar", "keyed": True, "pretrain": {"method": "supcon"}}
     assert load_recipe(write(tmp_path, small(bmp=bmp))).bmp.keyed
     assert "multiples of 4" in refusal(tmp_path, small(bmp=bmp, pixels={"height": 30, "width": 32}))
-    assert "multiples of 4" in refusal(tmp_path, small(auxiliary=bmp, pixels={"height": 32, "width": 30}))
-    assert load_recipe(write(tmp_path, small(auxiliary=bmp))).auxiliary.keyed
-    assert "only `bmp` and `auxiliary` can be keyed" in refusal(tmp_path, small(victim=bmp))
+    assert "only `bmp` can be keyed" in refusal(tmp_path, small(victim=bmp))
     assert "`keyed` needs `pretrain`" in refusal(tmp_path, small(bmp={"architecture": "a", "weights": "timm", "keyed": True}))
 
 
