@@ -66,21 +66,23 @@ class Graph(nn.Module):
                 self.convolutions.append(step.become_module(self.constants))
             self.steps.append(step)
         self.requires_grad_(False)
-        self._plans: dict[tuple[str, ...], list[_Step]] = {}
+        self._plans: dict[tuple[str, ...], list[tuple[_Step, list[str]]]] = {}
         self.feature_names = self._find_features() if victim is None else {**self._find_features(), TRIPWIRE: TRIPWIRE}
 
     def forward(self, images: Tensor, wanted: Sequence[str] = OUTPUTS) -> dict[str, Tensor]:
         """Images [N, 3, H, W] in [0, 1] -> the wanted values of the graph by name; runs only what they need."""
         key = tuple(wanted)
         if key not in self._plans:
-            self._plans[key] = self._needed(key)
+            self._plans[key] = self._plan(key)
         values: dict[str, Tensor] = {"images": (images * 255).permute(0, 2, 3, 1)}
         if self.victim is not None and TRIPWIRE in key:
             values[TRIPWIRE] = self.victim(images)
         constants = self.constants
-        for step in self._plans[key]:
+        for step, spent in self._plans[key]:
             arguments = [(values[n] if n in values else constants[n]) if n else None for n in step.inputs]
             values.update(zip(step.outputs, step(arguments), strict=False))
+            for name in spent:
+                values.pop(name, None)
         return {name: values[name] for name in wanted}
 
     def encoder(self, branch: str) -> nn.Module:
@@ -96,6 +98,16 @@ class Graph(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.constants = {name: fn(value) for name, value in self.constants.items()}
         return self
+
+    def _plan(self, wanted: tuple[str, ...]) -> list[tuple[_Step, list[str]]]:
+        """The steps that lead to `wanted`, each with the values that no later one reads. Kept, they fill the memory."""
+        steps, last = self._needed(wanted), {}
+        for number, step in enumerate(steps):
+            last.update(dict.fromkeys((*step.outputs, *step.inputs), number))
+        spent: list[list[str]] = [[] for _ in steps]
+        for name in last.keys() - set(wanted):
+            spent[last[name]].append(name)
+        return list(zip(steps, spent, strict=True))
 
     def _needed(self, wanted: Iterable[str]) -> list[_Step]:
         needed, plan = set(wanted), []
