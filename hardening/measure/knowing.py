@@ -37,7 +37,6 @@ KNOWING = (*_RUNS, *_MIXED)
 _BATCH = 50
 _BATCH_PIXELS = 150_000
 """Of all images of a batch together: with its gradients the whole defence takes about 20 kB for each."""
-"""Of all images of a batch together: the whole defence with its gradients takes about 30 kB for each at 128 x 128."""
 
 
 def check_names(names: tuple[str, ...]) -> None:

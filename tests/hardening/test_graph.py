@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +19,7 @@ from hardening.calibrate import Calibrated, calibrate
 from hardening.data import Dataset
 from hardening.encoders import Encoder, as_input, draw_key
 from hardening.export import check_parity, export
-from hardening.graph import OUTPUTS, Graph, GraphError, run_uint8
+from hardening.graph import OUTPUTS, Graph, GraphError, _Step, run_uint8
 from tests.hardening.conftest import QuietBars
 
 
@@ -37,6 +39,23 @@ def test_answers_as_onnx_runtime(model: bytes, pictures: NDArray[np.uint8]) -> N
     found = run_uint8(Graph(model), pictures, OUTPUTS, batch=3)
     for name, want in zip(OUTPUTS, expected, strict=True):
         np.testing.assert_allclose(found[name].numpy(), want, rtol=0, atol=1e-4 if name == "embedding" else 1e-3)
+
+
+def test_what_no_later_step_reads_does_not_stay_in_memory(
+    model: bytes, pictures: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 photographs once took 12.8 GB, nearly all of it for values that had been used up."""
+    graph, made, most, call = Graph(model), [], [0], _Step.__call__
+
+    def watched(step: _Step, arguments: list[Any]) -> Any:
+        values = call(step, arguments)
+        made.extend(weakref.ref(value) for value in values)
+        most[0] = max(most[0], sum(value() is not None for value in made))
+        return values
+
+    monkeypatch.setattr(_Step, "__call__", watched)
+    run_uint8(graph, pictures[:2], OUTPUTS)
+    assert most[0] < 0.25 * len(made)
 
 
 def test_a_keyed_branch_answers_as_onnx_runtime(toy_calibrated: Calibrated, pictures: NDArray[np.uint8]) -> None:
