@@ -36,7 +36,7 @@ _MIXED = tuple(f"{name}{MIXTURE}" for name in (HEAD_AWARE, "T4", "T5-selective")
 KNOWING = (*_RUNS, *_MIXED)
 _BATCH = 50
 _BATCH_PIXELS = 150_000
-"""Of all images of a batch together: with its gradients the whole defence takes about 20 kB for each."""
+"""Of all images of a batch together: with its gradients the whole defence takes about 20 kB for each pixel."""
 
 
 def check_names(names: tuple[str, ...]) -> None:
