@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hardening.branches import BRANCHES, LAYOUT, PARTS, TRIPWIRE, embed, linear
 from hardening.compact import round_weights
 from hardening.detectors import Detector
-from hardening.detectors.consistency import BLUR, ZOOM
+from hardening.detectors.consistency import BLUR, MIRROR, MOVE, ZOOM
 from hardening.encoders import Encoder
 
 BLUR_SIGMA = 0.7
@@ -23,12 +23,14 @@ EMBEDDED = tuple(name + part for name in BRANCHES for part in PARTS)
 """The views that the embedding is made of."""
 ZOOM_MARGIN = 1 / 16
 """Share of the side that a zoom cuts off at each edge."""
+MOVE_SHARE = 1 / 25
+"""Share of the side by which a picture is moved. Odd in pixels, so that no stride of a network takes it back."""
 
 
 class Views(nn.Module):
     """The encoders, and what the gate and its detector want to see of each: its features or another part of its readout, of
-    the image or of a blurred or zoomed one: `bmp`, `bmp.early`, `bmp@blur`, `bmp.early@blur`. Parts that an encoder does not
-    have are left out.
+    the image or of a blurred, zoomed, moved or mirrored one: `bmp`, `bmp.early`, `bmp@blur`, `bmp.early@blur`. Parts that an
+    encoder does not have are left out.
 
     `height` and `width` are those of the images.
     """
@@ -36,11 +38,17 @@ class Views(nn.Module):
     kernel: Tensor
     zoom_rows: Tensor
     zoom_columns: Tensor
+    move_rows: Tensor
+    move_columns: Tensor
+    mirror_columns: Tensor
 
     def __init__(self, encoders: Mapping[str, Encoder], height: int, width: int) -> None:
         super().__init__()
         self.register_buffer("zoom_rows", _zoom_weights(height))
         self.register_buffer("zoom_columns", _zoom_weights(width).T.contiguous())
+        self.register_buffer("move_rows", _move_weights(height))
+        self.register_buffer("move_columns", _move_weights(width).T.contiguous())
+        self.register_buffer("mirror_columns", torch.eye(width).flip(0))
         self.encoders = nn.ModuleDict(dict(encoders))
         x = torch.arange(-2, 3, dtype=torch.float32)
         weights = torch.exp(-(x**2) / (2 * BLUR_SIGMA**2))
@@ -55,9 +63,23 @@ class Views(nn.Module):
         """The middle of images [N, 3, H, W], stretched to their size. As two products, which every host computes alike."""
         return self.zoom_rows @ images @ self.zoom_columns
 
+    def move(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] a few pixels further down and to the right, edges reflected."""
+        return self.move_rows @ images @ self.move_columns
+
+    def mirror(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W], left and right exchanged."""
+        return images @ self.mirror_columns
+
     def forward(self, images: Tensor, views: Iterable[str]) -> dict[str, Tensor]:
         """Images [N, 3, H, W] in [0, 1] -> values [N, d] by view."""
-        seen = {"": images, BLUR: self.blur(images), ZOOM: self.zoom(images)}
+        seen = {
+            "": images,
+            BLUR: self.blur(images),
+            ZOOM: self.zoom(images),
+            MOVE: self.move(images),
+            MIRROR: self.mirror(images),
+        }
         wanted, found = set(views), {}
         split = {view: view.partition("@") for view in wanted}
         for name, how in sorted({(side.partition(".")[0], at + rest) for side, at, rest in split.values()}):
@@ -74,6 +96,12 @@ def _zoom_weights(size: int) -> Tensor:
     margin = max(1, round(ZOOM_MARGIN * size))
     rows = torch.eye(size)[None, :, margin : size - margin]
     return F.interpolate(rows, size=size, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+def _move_weights(size: int) -> Tensor:
+    """[size, size]: which row each row is taken from."""
+    pixels = 2 * int(size * MOVE_SHARE / 2) + 1
+    return torch.eye(size)[(torch.arange(size) - pixels).abs()]
 
 
 class Gate(nn.Module):

@@ -125,11 +125,15 @@ class Graph(nn.Module):
         joined = {step.outputs[0]: step.inputs[0] for step in self.steps if step.kind == "Concat"}
         for step in self.steps:
             branch = names.get(step.inputs[1]) if step.kind == "Sub" else None
-            # The same mean also standardises the features of the blurred and of the zoomed picture.
-            changed = {"views.kernel", "views.zoom_rows", "views.zoom_columns"}
-            if branch is not None and not any(changed.intersection(s.inputs) for s in self._needed([step.inputs[0]])):
+            # The same mean also standardises the features of changed pictures.
+            if branch is not None and not any(map(_changes_the_picture, self._needed([step.inputs[0]]))):
                 found[branch] = joined.get(step.inputs[0], step.inputs[0])
         return found
+
+
+def _changes_the_picture(step: _Step) -> bool:
+    """Whether it makes one of the `Views`: a blurred picture, a zoomed one."""
+    return any(name.startswith("views.") and not name.startswith("views.encoders.") for name in step.inputs)
 
 
 class GraphEncoder(nn.Module):

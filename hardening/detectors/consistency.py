@@ -3,21 +3,29 @@
 A DAE is made against the public victim. So the undefended victim stays in the graph as a tripwire: what moves it, and not
 the hardened branches, is suspicious. Evidence, each higher = more suspicious:
 
-- shift of the tripwire and of BMP under a blur, of the tripwire under a slight zoom too: 1 - cos between standardised
-  features of the image and of its changed copy;
+- shift of the tripwire and of BMP under a blur, of the tripwire under a slight zoom, a move by a few pixels and a mirror too:
+  1 - cos between standardised features of the image and of its changed copy;
 - residual of BMP: 1 - cos between its features and a ridge regression's prediction from the two MPAE branches (in principal
   components of each); cross residual of each MPAE branch: the same, predicted from the other one;
 - whitened residual, and whitened shift under the blur, of the tripwire: the Mahalanobis distance of the same differences from
   those of honest images. A perturbation moves features in directions in which honest ones hardly differ.
 
-All but the tripwire's two shifts read the early stages too, beside the features: what a generator or an attack on low layers
-does is seen there first (stage by stage: Lee et al. 2018). Early stages see captions, screenshots and compression as well, so
-the detector is fitted on honestly changed images (`hardening.honest`), and what honest changes do is not news to it.
+All but the tripwire's shifts under blur and zoom read the early stages too, beside the features: what a generator or an
+attack on low layers does is seen there first (stage by stage: Lee et al. 2018). Early stages see captions, screenshots and
+compression as well, so the detector is fitted on honestly changed images (`hardening.honest`), and what honest changes do
+is not news to it.
 
-Each evidence becomes a normal score by its quantiles among the honest images that the detector was fitted on. A branch's
-normal scores are added (Stouffer et al. 1949), because a universal perturbation moves all of them a little. The sum's
-conformal p-value among the same images is the branch's confidence, and the score is the larger -ln(p / share) of
-tripwire and BMP (weighted p-values: Genovese et al. 2006): nine tenths of the false alarms are the tripwire's, because BMP's
+A busy picture shifts more than a plain one, attacked or not. So some of the tripwire's evidence counts a second time,
+beside what is usual for such a picture (normalised conformal prediction: Papadopoulos et al. 2008): its logarithm, less
+half of a ridge regression's prediction from the features of the MPAE branches, which a perturbation hardly moves. Half
+only: noise, which they do not see either, would look like an attack. Move and mirror count so alone. They betray a
+perturbation that is tied to the strides of a network with large steps; in pictures of 32 pixels the others see more.
+
+Each evidence becomes a normal score by its quantiles among the honest images that the detector was fitted on. Normal scores
+are added (Stouffer et al. 1949), because a universal perturbation moves all of them a little: the tripwire's as they are,
+the tripwire's beside what is usual, those of each branch. Each sum has a conformal p-value among the same images; the
+tripwire's is that of the smaller of its two. It is the confidence, and the score is the larger -ln(p / share) of tripwire
+and BMP (weighted p-values: Genovese et al. 2006): nine tenths of the false alarms are the tripwire's, because BMP's
 evidence speaks against an attack on BMP itself alone. The score's own calibration, on other images, makes the verdict valid
 whatever happened here. The cross residuals guard the MPAE branches' votes but do not enter the score.
 """
@@ -43,27 +51,40 @@ from hardening.branches import BMP, BRANCHES, EARLY, MPAE, TRIPWIRE, Standard, l
 from hardening.compact import round_weights
 from hardening.detectors.base import Detector
 
-BLUR, ZOOM = "@blur", "@zoom"
+BLUR, ZOOM, MOVE, MIRROR = "@blur", "@zoom", "@move", "@mirror"
 _COMPONENTS = 96
 _LEVELS = (0.99, 0.95, 0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02, 0.01)
 """Tail probabilities at which the tables have their knots; beyond the last a straight line goes on."""
 _SHARES = {TRIPWIRE: 0.9, BMP: 0.1}
 """Of the false alarms, by branch."""
+_USUAL_SHARE = 0.5
+"""Of what is usual for such a picture, taken off the evidence that counts beside it."""
 _TAIL = 0.1
 """Where the tail begins whose slope goes on."""
 _FOLDS = KFold(5, shuffle=True, random_state=0)
 
+_SHIFTS = {
+    "blur shift": (BLUR, True),
+    "zoom shift": (ZOOM, False),
+    "move shift": (MOVE, True),
+    "mirror shift": (MIRROR, True),
+}
+"""Their views, and whether early stages are read; not under the tripwire's blur."""
+_PLAIN: dict[str, tuple[str, ...]] = {
+    TRIPWIRE: ("blur shift", "zoom shift", "whitened blur shift", "whitened residual"),
+    BMP: ("blur shift", "residual"),
+    MPAE[0]: ("cross residual",),
+    MPAE[1]: ("cross residual",),
+}
+"""Evidence as it is, by the branch that it speaks against."""
+_BESIDE = ("blur shift", "whitened residual", "move shift", "mirror shift")
+"""The tripwire's evidence that counts beside what is usual for such a picture."""
 _EVIDENCE = (
-    (TRIPWIRE, "blur shift"),
-    (TRIPWIRE, "zoom shift"),
-    (TRIPWIRE, "whitened blur shift"),
-    (TRIPWIRE, "whitened residual"),
-    (BMP, "blur shift"),
-    (BMP, "residual"),
-    (MPAE[0], "cross residual"),
-    (MPAE[1], "cross residual"),
+    *((name, kind) for name, kinds in _PLAIN.items() for kind in kinds),
+    *((TRIPWIRE, f"{kind}, beside what is usual") for kind in _BESIDE),
 )
-_OWN = {branch: [i for i, (name, _) in enumerate(_EVIDENCE) if name == branch] for branch in (*BRANCHES, TRIPWIRE)}
+_VOICES = (*_PLAIN, TRIPWIRE)
+"""Whom each sum of evidence speaks against; the last one beside what is usual."""
 
 
 class ConsistencyDetector(Detector):
@@ -71,14 +92,16 @@ class ConsistencyDetector(Detector):
 
     name = "consistency"
     description = (
-        "the undefended victim kept as tripwire; shifts of tripwire and BMP under blur and zoom, their residuals from the "
-        "MPAE branches' prediction, in features and early stages; sum of normal scores and conformal p per branch; "
+        "the undefended victim kept as tripwire; shifts of tripwire and BMP under a blur, of the tripwire under zoom, move "
+        "and mirror, their residuals from the MPAE branches' prediction, in features and early stages, as they are and "
+        "beside what is usual for such a picture; sum of normal scores and conformal p per branch; "
         "score = larger -ln(p / share)"
     )
     views = (
         *(name + part for name in (*BRANCHES, TRIPWIRE) for part in ("", EARLY)),
         *(name + part + BLUR for name in (TRIPWIRE, BMP) for part in ("", EARLY)),
         TRIPWIRE + ZOOM,
+        *(TRIPWIRE + part + how for part in ("", EARLY) for how in (MOVE, MIRROR)),
     )
     branches = (*BRANCHES, TRIPWIRE)
 
@@ -87,7 +110,7 @@ class ConsistencyDetector(Detector):
         self.spaces = nn.ModuleDict(dict(spaces))
         self.maps = nn.ModuleDict(dict(maps))
         self.whiten = nn.ModuleDict(dict(whiten))
-        self.normal_scores, self.surprises = nn.Module(), nn.Module()
+        self.usual, self.normal_scores, self.surprises, self.tripwire = (nn.Module() for _ in range(4))
         self.fitted_on = 0
 
     @classmethod
@@ -97,64 +120,99 @@ class ConsistencyDetector(Detector):
         reduced = {name: space(_stages(features, name)).numpy().astype(np.float64) for name, space in spaces.items()}
         maps, residual = {}, {}
         for name, source in _sources({name: torch.as_tensor(values) for name, values in reduced.items()}).items():
-            model = RidgeCV(alphas=np.logspace(-1, 5, 13)).fit(source.numpy(), reduced[name])
-            maps[name] = linear(model.coef_, model.intercept_)
-            # Out of fold: residuals of images that the map was fitted on would look too small.
-            predicted = cross_val_predict(Ridge(alpha=float(model.alpha_)), source.numpy(), reduced[name], cv=_FOLDS)
+            maps[name], predicted = _ridge(source.numpy(), reduced[name])
             residual[name] = torch.as_tensor(predicted)
         shift = spaces[TRIPWIRE](_stages(features, TRIPWIRE, BLUR)) - spaces[TRIPWIRE](_stages(features, TRIPWIRE))
         differences = {"residual": torch.as_tensor(reduced[TRIPWIRE]) - residual[TRIPWIRE], "blur shift": shift}
         detector = cls(spaces, maps, {kind: _whitening(vectors.numpy()) for kind, vectors in differences.items()})
-        evidence = detector._evidence(
-            features, residual, {kind: _out_of_fold_lengths(vectors.numpy()) for kind, vectors in differences.items()}
-        )
+        lengths = {kind: _out_of_fold_lengths(vectors.numpy()) for kind, vectors in differences.items()}
+        logarithms = detector._beside(features, lengths)
+        detector.usual, usual = _ridge(detector._picture(features).numpy(), logarithms.numpy().astype(np.float64))
+        beside = logarithms - _USUAL_SHARE * torch.as_tensor(usual, dtype=torch.float32)
+        evidence = torch.cat([detector._plain(features, residual, lengths), beside], dim=1)
         detector.fitted_on = len(evidence)
         levels = np.array([level for level in _LEVELS if min(level, 1 - level) * len(evidence) >= 2] or [0.5])
         scores = np.array([NormalDist().inv_cdf(1 - level) for level in levels])
         detector.normal_scores = _Table.fit(evidence.numpy(), levels, scores, _slope_of_the_last_quantiles)
-        sums = detector._sums(evidence)
         upper = levels[levels <= 0.9] if (levels <= 0.9).any() else levels
+        sums = detector._sums(evidence)
         detector.surprises = _Table.fit(sums.numpy(), upper, -np.log(upper), _slope_of_the_mean_excess)
+        both = detector._tripwires(detector.surprises(sums))
+        detector.tripwire = _Table.fit(both.numpy(), upper, -np.log(upper), _slope_of_the_mean_excess)
         return detector
 
     def evidence(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Features by view -> [N, 8], in the order of the module's table."""
+        """Features by view -> [N, 12], in the order of `_EVIDENCE`."""
         reduced = {name: self.spaces[name](_stages(features, name)) for name in self.spaces}
         predicted = {name: self.maps[name](source) for name, source in _sources(reduced).items()}
         shift = self.spaces[TRIPWIRE](_stages(features, TRIPWIRE, BLUR)) - reduced[TRIPWIRE]
         differences = {"residual": reduced[TRIPWIRE] - predicted[TRIPWIRE], "blur shift": shift}
         lengths = {kind: _length(self.whiten[kind](vectors)) for kind, vectors in differences.items()}
-        return self._evidence(features, predicted, lengths)
+        usual = self.usual(self._picture(features))
+        beside = self._beside(features, lengths) - _USUAL_SHARE * usual
+        return torch.cat([self._plain(features, predicted, lengths), beside], dim=1)
 
-    def _evidence(
+    def _plain(
         self, features: Mapping[str, Tensor], predicted: Mapping[str, Tensor], lengths: Mapping[str, Tensor]
     ) -> Tensor:
+        """[N, 8]: the evidence of `_PLAIN`."""
         columns = []
-        for name, kind in _EVIDENCE:
-            space = self.spaces[name]
-            assert isinstance(space, _Space)
-            match kind:
-                case "blur shift" | "zoom shift":
-                    view = BLUR if kind == "blur shift" else ZOOM
-                    early = name != TRIPWIRE
-                    before, after = (_stages(features, name, how, early=early) for how in ("", view))
-                    columns.append(_distance(space.standardise(before), space.standardise(after)))
-                case "whitened blur shift" | "whitened residual":
+        for name, kinds in _PLAIN.items():
+            for kind in kinds:
+                if kind in _SHIFTS:
+                    columns.append(self._shift(features, name, kind))
+                elif kind.startswith("whitened "):
                     columns.append(lengths[kind.removeprefix("whitened ")].to(features[name].dtype))
-                case _:
-                    found = space(_stages(features, name))
+                else:
+                    found = self.spaces[name](_stages(features, name))
                     columns.append(_distance(predicted[name].to(found.dtype), found))
         return torch.stack(columns, dim=1)
 
+    def _beside(self, features: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> Tensor:
+        """[N, 4]: logarithms of the evidence of `_BESIDE`, before what is usual is taken off."""
+        columns = [
+            self._shift(features, TRIPWIRE, kind) if kind in _SHIFTS else lengths[kind.removeprefix("whitened ")]
+            for kind in _BESIDE
+        ]
+        return torch.stack([column.to(features[TRIPWIRE].dtype) for column in columns], dim=1).clamp_min(1e-6).log()
+
+    def _shift(self, features: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
+        space = self.spaces[name]
+        assert isinstance(space, _Space)
+        view, early = _SHIFTS[kind]
+        early = early and (name, view) != (TRIPWIRE, BLUR)
+        before, after = (_stages(features, name, how, early=early) for how in ("", view))
+        return _distance(space.standardise(before), space.standardise(after))
+
+    def _picture(self, features: Mapping[str, Tensor]) -> Tensor:
+        """[N, d]: the picture as the MPAE branches see it, standardised; no early stages: these see a perturbation."""
+        sides = []
+        for name in MPAE:
+            space = self.spaces[name]
+            assert isinstance(space, _Space)
+            sides.append(space.standardise(features[name]))
+        return torch.cat(sides, dim=1)
+
     def _sums(self, evidence: Tensor) -> Tensor:
-        """[N, 8] -> [N, 4]: each branch's normal scores, added."""
+        """[N, 12] -> [N, 5]: the normal scores of each of `_VOICES`, added."""
         scores = self.normal_scores(evidence)
-        return torch.stack([scores[:, _OWN[branch]].sum(dim=1) for branch in self.branches], dim=1)
+        sums, start = [], 0
+        for count in (*map(len, _PLAIN.values()), len(_BESIDE)):
+            sums.append(scores[:, list(range(start, start + count))].sum(dim=1))
+            start += count
+        return torch.stack(sums, dim=1)
+
+    def _tripwires(self, surprises: Tensor) -> Tensor:
+        """[N, 5] -> [N, 1]: the louder of the tripwire's voices."""
+        own = [number for number, name in enumerate(_VOICES) if name == TRIPWIRE]
+        return surprises[:, own].amax(dim=1, keepdim=True)
 
     def minus_log_p(self, evidence: Tensor) -> Tensor:
-        """[N, 8] -> [N, 4]: -ln of each branch's conformal p-value, in the order of `branches`; without a ceiling."""
+        """[N, 12] -> [N, 4]: -ln of each branch's conformal p-value, in the order of `branches`; without a ceiling."""
         surprises: Tensor = self.surprises(self._sums(evidence))
-        return surprises
+        tripwire = self.tripwire(self._tripwires(surprises))
+        columns = [tripwire[:, 0] if name == TRIPWIRE else surprises[:, _VOICES.index(name)] for name in self.branches]
+        return torch.stack(columns, dim=1)
 
     def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """See Detector."""
@@ -218,6 +276,14 @@ class _Space(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         reduced: Tensor = self.basis(self.standardise(features))
         return reduced
+
+
+def _ridge(source: NDArray[np.floating[Any]], target: NDArray[np.float64]) -> tuple[nn.Linear, NDArray[np.float64]]:
+    """A ridge regression of [N, k] on [N, d], and its predictions [N, k] out of fold: beside its own, the images that it was
+    fitted on would look too usual."""
+    model = RidgeCV(alphas=np.logspace(-1, 5, 13)).fit(source, target)
+    held_out = cross_val_predict(Ridge(alpha=float(model.alpha_)), source, target, cv=_FOLDS)
+    return linear(model.coef_, model.intercept_), held_out
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter
 
 from hardening.branches import BMP, BRANCHES, EARLY, LAYOUT, MPAE, TRIPWIRE, embed
 from hardening.calibrate import Calibrated
-from hardening.detectors.consistency import BLUR, ZOOM
+from hardening.detectors.consistency import BLUR, MIRROR, MOVE, ZOOM
 from hardening.encoders import as_input
 from hardening.gate import BLUR_SIGMA, Gate, Views, needs_tripwire
 from tests.support.patterns import patterns
@@ -28,7 +28,13 @@ def test_it_is_its_parts(toy_calibrated: Calibrated, pixels: torch.Tensor) -> No
     gate = toy_calibrated.gate
     x = as_input(pixels.numpy())
     features = {}
-    for how, seen in (("", x), (BLUR, gate.views.blur(x)), (ZOOM, gate.views.zoom(x))):
+    for how, seen in (
+        ("", x),
+        (BLUR, gate.views.blur(x)),
+        (ZOOM, gate.views.zoom(x)),
+        (MOVE, gate.views.move(x)),
+        (MIRROR, x.flip(3)),
+    ):
         for name in (*BRANCHES, TRIPWIRE):
             read = gate.views.encoders[name].readout(seen)
             features |= {name + part + how: value for part, value in read.items()}
@@ -92,6 +98,15 @@ def test_the_zoom_is_the_stretched_middle(height: int, width: int) -> None:
     assert not torch.allclose(views.zoom(images), images, atol=1e-2)
 
 
+@pytest.mark.parametrize(("height", "width", "down", "right"), [(32, 48, 1, 1), (64, 128, 3, 5), (224, 100, 9, 5)])
+def test_a_moved_picture_is_itself_further_down_and_right(height: int, width: int, down: int, right: int) -> None:
+    images = torch.rand(2, 3, height, width)
+    moved = Views({}, height, width).move(images)
+    assert torch.equal(moved[:, :, down:, right:], images[:, :, : height - down, : width - right])
+    padded = torch.nn.functional.pad(images, (right, 0, down, 0), mode="reflect")
+    assert torch.equal(moved, padded[:, :, :height, :width])
+
+
 def test_views_that_no_detector_wants_are_not_computed(toy_calibrated: Calibrated) -> None:
     gate = toy_calibrated.gate
     assert set(gate.wanted) == {
@@ -99,6 +114,7 @@ def test_views_that_no_detector_wants_are_not_computed(toy_calibrated: Calibrate
         *(f"{TRIPWIRE}{part}{how}" for part in ("", EARLY) for how in ("", BLUR)),
         *(f"{BMP}{part}{BLUR}" for part in ("", EARLY)),
         TRIPWIRE + ZOOM,
+        *(f"{TRIPWIRE}{part}{how}" for part in ("", EARLY) for how in (MOVE, MIRROR)),
     }
     assert len(gate.wanted) == len(set(gate.wanted))
     assert isinstance(gate, Gate)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from hardening.branches import BMP, BRANCHES, EARLY, MPAE, TRIPWIRE
-from hardening.detectors.consistency import BLUR, ZOOM, ConsistencyDetector
+from hardening.detectors.consistency import BLUR, MIRROR, MOVE, ZOOM, ConsistencyDetector
 
 DIM = 12
-EVIDENCE, COLUMNS = 8, 4
+EVIDENCE, COLUMNS = 12, 4
 
 
 def clean_features(n: int, seed: int) -> dict[str, Tensor]:
-    """Four encoders that see the same hidden scene, each in its own way, and their blurred and zoomed views."""
+    """Four encoders that see the same hidden scene, each in its own way, and their changed views."""
     rng = torch.Generator().manual_seed(0)
     ways = {name: torch.randn(8, DIM, generator=rng) for name in (*BRANCHES, TRIPWIRE)}
     chance = torch.Generator().manual_seed(seed)
@@ -25,7 +25,7 @@ def clean_features(n: int, seed: int) -> dict[str, Tensor]:
     found |= {name + EARLY: scene @ way[:, :5] + torch.randn(n, 5, generator=chance) for name, way in ways.items()}
     for name in (TRIPWIRE, BMP):
         for view in (name, name + EARLY):
-            for how in (BLUR, ZOOM):
+            for how in (BLUR, ZOOM, MOVE, MIRROR):
                 found[view + how] = found[view] + 0.3 * torch.randn(found[view].shape, generator=chance)
     return found
 
@@ -147,7 +147,7 @@ def test_a_small_push_where_clean_features_never_go_is_seen() -> None:
         noise[0] = 0.02
         found = {name: scene @ way + noise * torch.randn(n, DIM, generator=chance) for name in (*BRANCHES, TRIPWIRE)}
         for name in (TRIPWIRE, BMP):
-            for view in (BLUR, ZOOM):
+            for view in (BLUR, ZOOM, MOVE, MIRROR):
                 found[name + view] = found[name] + noise * torch.randn(n, DIM, generator=chance)
         return found
 
@@ -159,6 +159,33 @@ def test_a_small_push_where_clean_features_never_go_is_seen() -> None:
     share = (after > limit).float().mean(dim=0)
     assert share[3] > 0.5, "whitened residual"
     assert share[0] < 0.2, "blur shift by its angle"
+
+
+def test_a_plain_picture_that_shifts_like_a_busy_one_is_suspicious() -> None:
+    """The tripwire's evidence counts beside what is usual for a picture that the MPAE branches see so."""
+
+    def features(n: int, seed: int, busy: Tensor) -> dict[str, Tensor]:
+        found = clean_features(n, seed)
+        for name in MPAE:
+            found[name][:, 0] = 3 * busy
+        for part in ("", EARLY):
+            for how in (BLUR, ZOOM, MOVE, MIRROR):
+                shift = found[TRIPWIRE + part + how] - found[TRIPWIRE + part]
+                found[TRIPWIRE + part + how] = found[TRIPWIRE + part] + shift * (1 + busy[:, None])
+        return found
+
+    busy = torch.rand(1500, generator=torch.Generator().manual_seed(7)) * 2
+    detector = ConsistencyDetector.fit(features(1500, 1, busy))
+    tripwire = detector.branches.index(TRIPWIRE)
+
+    def surprise(busy_for_mpae: float, busy_for_tripwire: float) -> Tensor:
+        found = features(400, 2, torch.full((400,), busy_for_tripwire))
+        for name in MPAE:
+            found[name][:, 0] = 3 * busy_for_mpae
+        return detector.minus_log_p(detector.evidence(found))[:, tripwire].median()
+
+    assert surprise(0.2, 1.8) > surprise(1.8, 1.8) + 0.7
+    assert surprise(1.8, 1.8) < -math.log(0.2)
 
 
 def test_an_image_is_judged_alone(detector: ConsistencyDetector) -> None:
