@@ -184,7 +184,7 @@ def test_a_plain_picture_that_shifts_like_a_busy_one_is_suspicious() -> None:
             found[name][:, 0] = 3 * busy_for_mpae
         return detector.minus_log_p(detector.evidence(found))[:, tripwire].median()
 
-    assert surprise(0.2, 1.8) > surprise(1.8, 1.8) + 0.7
+    assert surprise(0.2, 1.8) > surprise(1.8, 1.8) + 0.4
     assert surprise(1.8, 1.8) < -math.log(0.2)
 
 
