@@ -279,8 +279,8 @@ class _Space(nn.Module):
 
 
 def _ridge(source: NDArray[np.floating[Any]], target: NDArray[np.float64]) -> tuple[nn.Linear, NDArray[np.float64]]:
-    """A ridge regression of [N, k] on [N, d], and its predictions [N, k] out of fold: beside its own, the images that it was
-    fitted on would look too usual."""
+    """A ridge regression of [N, k] on [N, d], and its predictions [N, k] out of fold: on the images that it was fitted on,
+    what it leaves would look too small."""
     model = RidgeCV(alphas=np.logspace(-1, 5, 13)).fit(source, target)
     held_out = cross_val_predict(Ridge(alpha=float(model.alpha_)), source, target, cv=_FOLDS)
     return linear(model.coef_, model.intercept_), held_out
