@@ -76,8 +76,9 @@ def finetune(
     that of the smallest validation loss. Resumes from `folder`.
     """
     done = folder / f"{job}.pt"
-    tuned = copy.deepcopy(encoder).to(device)
-    fold_batch_norm(tuned, as_input(train[0][:8], device))
+    tuned = copy.deepcopy(encoder)
+    fold_batch_norm(tuned, as_input(train[0][:8], "cpu"))
+    tuned.to(device)
     # The public encoder, as it was: what the anchor and the relations refer to.
     public = copy.deepcopy(tuned).requires_grad_(False).eval()
     if done.exists():

@@ -94,9 +94,9 @@ class Graph(nn.Module):
         return GraphEncoder(self, self.feature_names[branch])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Graph:
-        """Constants move with the modules."""
+        """Constants move with the modules; whole numbers are sizes, axes and places, which are read on the processor."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.constants = {name: fn(value) for name, value in self.constants.items()}
+        self.constants = {name: fn(value) if value.is_floating_point() else value for name, value in self.constants.items()}
         return self
 
     def _plan(self, wanted: tuple[str, ...]) -> list[tuple[_Step, list[str]]]:
@@ -232,6 +232,16 @@ def _padded(x: Any, attributes: dict[str, Any]) -> Tensor:
     return padded
 
 
+def _max_pool(arguments: list[Any], attributes: dict[str, Any]) -> Tensor:
+    if attributes.get("ceil_mode") or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise GraphError("MaxPool with ceil_mode or auto_pad cannot be differentiated here")
+    top, left, bottom, right = attributes.get("pads", (0, 0, 0, 0))
+    # Padding that no maximum takes, also where the sides differ.
+    padded = F.pad(arguments[0], (left, right, top, bottom), value=-torch.inf)
+    kernel = attributes["kernel_shape"]
+    return F.max_pool2d(padded, kernel, attributes.get("strides", (1, 1)), dilation=attributes.get("dilations", (1, 1)))
+
+
 def _axes(arguments: list[Any], attributes: dict[str, Any]) -> tuple[int, ...] | None:
     if len(arguments) > 1 and arguments[1] is not None:
         return tuple(arguments[1].tolist())
@@ -315,7 +325,7 @@ def _squeeze(arguments: list[Any], attributes: dict[str, Any]) -> Tensor:
 def _gather(arguments: list[Any], attributes: dict[str, Any]) -> Tensor:
     x, index = arguments
     axis = attributes.get("axis", 0) % max(x.dim(), 1)
-    index = index.long()
+    index = index.long().to(x.device)
     index = torch.where(index < 0, index + x.shape[axis], index)
     picked = x.index_select(axis, index.reshape(-1))
     return picked.reshape(x.shape[:axis] + index.shape + x.shape[axis + 1 :])  # type: ignore[no-any-return]
@@ -389,6 +399,7 @@ _OPERATORS: dict[str, Callable[[list[Any], dict[str, Any]], Any]] = {
     "ReduceMax": _reducer(lambda x, dims, keep: x.amax(dims, keepdim=keep)),
     "ReduceMin": _reducer(lambda x, dims, keep: x.amin(dims, keepdim=keep)),
     "ReduceL2": _reducer(lambda x, dims, keep: torch.linalg.vector_norm(x, dim=dims, keepdim=keep)),
+    "MaxPool": _max_pool,
     "GlobalAveragePool": _unary(lambda x: x.mean((2, 3), keepdim=True)),
 }
 

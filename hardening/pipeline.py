@@ -35,8 +35,8 @@ from hardening.measure.records import Origin, Record, read
 from hardening.measure.rivals import PAPER
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, craft_perturbations, measure_task
-from hardening.memory import keep_freed_memory
 from hardening.pretrain import pretrain
+from hardening.process import prepare_process
 from hardening.progress import Bars
 from hardening.provenance import commit
 from hardening.recipe import Recipe, load_recipe
@@ -75,7 +75,7 @@ def harden(
     except (RuntimeError, AssertionError):
         raise RunError(f"there is no device {device!r} here; use --device cpu") from None
     run = run or Path("runs") / recipe.name
-    keep_freed_memory()
+    prepare_process()
     with bars or Bars() as shown, _owned(run, recipe, data_root):
         finished = run / "bundle.json"
         if finished.exists():
@@ -115,7 +115,8 @@ def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, b
 
 def _stage(recipe: Recipe, data_root: Path, dataset: data.Dataset, staged: Path, run: Path, device: str, bars: Bars) -> None:
     """Make the bundle without its card, in a store of the run's own: what is measured is the file that will ship."""
-    workers = min(len(ROLES), os.cpu_count() or 1) if device == "cpu" else 1
+    # Side by side on an accelerator too: networks this small leave it waiting for the processor.
+    workers = min(len(ROLES), os.cpu_count() or 1)
     jobs = [Job(role, _train_job, (recipe, data_root, role, run, device)) for role in ROLES]
     if not all((run / "encoders" / f"finetune {role}.pt").exists() for role in ROLES):
         run_jobs(jobs, workers, bars)

@@ -2,8 +2,8 @@
 
 SimCLR (Chen et al. 2020), MoCo v2+ (He et al. 2020; Chen et al. 2020), NNCLR (Dwibedi et al. 2021), BYOL (Grill et al. 2020),
 SwAV (Caron et al. 2020), Barlow Twins (Zbontar et al. 2021), VICReg (Bardes et al. 2022), and where labels exist SupCon
-(Khosla et al. 2020) or plain cross-entropy (`supervised`). Losses, projectors and augmentations are lightly's; two views an
-image, no small crops.
+(Khosla et al. 2020) or plain cross-entropy (`supervised`). Losses and projectors are lightly's; two views an image, no small
+crops, augmented a batch at a time on the device (kornia): image by image, an accelerator would wait for the processor.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kornia import augmentation
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLoss
 from lightly.models.modules import NNMemoryBankModule, heads
 from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.transforms import SimCLRTransform
 from lightly.utils.scheduler import cosine_schedule
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hardening.encoders import Encoder
+from hardening.encoders import Encoder, as_input
 from hardening.files import load_tensors, save_tensors
 from hardening.progress import Bars
 from hardening.recipe import Pretrain, RecipeError, SSLMethod
@@ -214,6 +213,23 @@ def _method(name: SSLMethod, encoder: Encoder, images: int, classes: int) -> _Me
     return _SwAV(encoder) if name == "swav" else _SupCon(encoder)
 
 
+def views(height: int, width: int) -> nn.Module:
+    """SimCLR's random views (Chen et al. 2020, appendix A): images [N, 3, H, W] in [0, 1] -> the same, each on its own.
+
+    The blur is left out up to 64 pixels, as is usual for small images.
+    """
+    steps = [
+        augmentation.RandomResizedCrop((height, width), scale=(0.08, 1.0), cropping_mode="resample"),
+        augmentation.RandomHorizontalFlip(),
+        augmentation.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
+        augmentation.RandomGrayscale(p=0.2),
+    ]
+    if max(height, width) > 64:
+        kernel = max(height, width) // 10 | 1
+        steps.append(augmentation.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5))
+    return nn.Sequential(*steps)
+
+
 def pretrain(
     encoder: Encoder,
     recipe: Pretrain,
@@ -241,8 +257,7 @@ def pretrain(
 
     torch.manual_seed(seed)
     method = _method(recipe.method, encoder, len(images), int(labels.max()) + 1).to(device).train()
-    size = images.shape[1]
-    transform = SimCLRTransform(input_size=size, gaussian_blur=0.5 if size > 64 else 0.0, normalize=None)
+    view = views(*images.shape[1:3])
     trainable = [p for p in method.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     batch = min(recipe.batch_size, len(images))
@@ -259,9 +274,8 @@ def pretrain(
             losses = []
             for index in range(per_epoch):
                 chosen = order[index * batch : (index + 1) * batch]
-                views = [transform(Image.fromarray(images[i])) for i in chosen]
-                first, second = (torch.stack([view[k] for view in views]).to(device) for k in (0, 1))
-                loss = method(first, second, torch.as_tensor(labels[chosen], device=device))
+                x = as_input(images[chosen], device)
+                loss = method(view(x), view(x), torch.as_tensor(labels[chosen], device=device))
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hardening.memory import keep_freed_memory
+from hardening.process import prepare_process
 from hardening.progress import Bars, Task
 from model_store.errors import TwogateError
 
@@ -103,7 +103,7 @@ def _work(job: Job, threads: int, messages: Queue[Any]) -> None:
             raise SystemExit(1)  # it died while this process was starting: nobody would tell us any more
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    prepare_process()
     try:
         job.function(*job.arguments, bars=_RemoteBars(messages))
     except TwogateError as error:

@@ -22,7 +22,7 @@ from hardening.measure.rivals import RIVALS
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, craft_perturbations, measure_task, train_defence
 from hardening.measure.tasks import read_images
-from hardening.memory import keep_freed_memory
+from hardening.process import prepare_process
 from hardening.progress import Bars
 from hardening.recipe import Splits
 from hardening.workers import Job, run_jobs
@@ -68,7 +68,7 @@ def evaluate(
     oblivious.check_names(tuple(attacks))
     knowing.check_names(tuple(adaptive))
     others.check_names(tuple(baselines))
-    keep_freed_memory()
+    prepare_process()
     with bars or Bars() as shown:
         crafting, training, measuring = [], [], []
         for place in bundles:

@@ -35,8 +35,10 @@ served. No branch outshouts the others there, so all must be broken, and what br
 _MIXED = tuple(f"{name}{MIXTURE}" for name in (HEAD_AWARE, "T4", "T5-selective"))
 KNOWING = (*_RUNS, *_MIXED)
 _BATCH = 50
-_BATCH_PIXELS = 150_000
-"""Of all images of a batch together: with its gradients the whole defence takes about 20 kB for each pixel."""
+_BYTES_PER_PIXEL = 20_000
+"""Of all images of a batch together: what the whole defence takes with its gradients."""
+_BYTES = 3_000_000_000
+"""On a CPU; of an accelerator's free memory a tenth, for others may want it too."""
 
 
 def check_names(names: tuple[str, ...]) -> None:
@@ -91,7 +93,8 @@ def attack_knowing(
     """Attack images [N, H, W, 3] uint8 with labels [N]; `epsilon` in 1/255. Returns uint8, clipped and rounded."""
     generator = torch.Generator().manual_seed(seed)
     run, parts = _RUNS[name.removesuffix(MIXTURE)], []
-    batch = max(1, min(_BATCH, _BATCH_PIXELS // (images.shape[1] * images.shape[2])))
+    free = _BYTES if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 10
+    batch = max(1, min(_BATCH, free // (_BYTES_PER_PIXEL * images.shape[1] * images.shape[2])))
     with bars.task(f"attack {name}", len(images)) as task:
         for start in range(0, len(images), batch):
             x = as_input(images[start : start + batch], device)

@@ -14,7 +14,7 @@ from hardening.measure.photographs import find_photographs, measure_photographs
 from hardening.measure.querying import SEARCHES, measure_querying
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.sizes import SIZES
-from hardening.memory import keep_freed_memory
+from hardening.process import prepare_process
 from hardening.progress import Bars
 from model_store.bundle import Bundle, load_bundle
 from model_store.errors import TwogateError
@@ -140,7 +140,7 @@ def _probe(
 ) -> Path:
     if size not in SIZES:
         raise TwogateError(f"there is no size {size!r}; there are {', '.join(SIZES)}")
-    keep_freed_memory()
+    prepare_process()
     bundle = load_bundle(place)
     service = LiveService(url, bundle)
     digest = bundle.manifest.digest

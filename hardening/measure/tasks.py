@@ -69,12 +69,13 @@ class Task:
         """Predicted classes [N] by system; none without classes."""
         if self.victim_head is None:
             return {}
-        return {name: logits.argmax(dim=1).numpy() for name, logits in self.system_logits(values, manifest).items()}
+        logits = {**self.system_logits(values, manifest), UNDEFENDED: self.victim_head(values[TRIPWIRE])}
+        return {name: found.argmax(dim=1).numpy() for name, found in logits.items()}
 
     def system_logits(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
-        """Logits [N, C] by system, differentiable. `values` are `embedding`, `confidence` and the tripwire's features.
+        """Logits [N, C] by system that reads the branches, differentiable. `values` are `embedding` and `confidence`.
 
-        All but the undefended victim's are of the same three heads, so that what differs is their fusion.
+        All are of the same three heads, so that what differs is their fusion.
         """
         logits = self.served_logits(values["embedding"])
         heads = [head.branch for head in self.served]
@@ -82,7 +83,7 @@ class Task:
         confidence = values["confidence"][:, [names.index(name) for name in heads]]
         scales = torch.tensor([head.scale for head in self.served]).to(logits)
         weights = rfdm_weights(logits)
-        found = {
+        return {
             "hardened victim alone": logits[:, heads.index(MPAE[0])],
             "hardened auxiliary alone": logits[:, heads.index(MPAE[1])],
             "BMP alone": logits[:, heads.index(BMP)],
@@ -90,9 +91,6 @@ class Task:
             "three branches, RFDM": fuse(logits, weights),
             GUARDED: fuse(logits * scales[:, None], guard(weights, confidence)),
         }
-        if TRIPWIRE in values and self.victim_head is not None:
-            found[UNDEFENDED] = self.victim_head(values[TRIPWIRE])
-        return found
 
     def served_logits(self, embedding: Tensor) -> Tensor:
         """Embeddings [N, D] -> logits [N, 3, C] of the served heads, in their order, before their fusion."""

@@ -160,6 +160,27 @@ def test_unknown_operator_is_named() -> None:
         Graph(helper.make_model(graph).SerializeToString())
 
 
+@pytest.mark.parametrize("pads", [(1, 1, 1, 1), (0, 0, 1, 1), (0, 0, 0, 0)])
+def test_max_pooling_answers_as_onnx_runtime(pads: tuple[int, ...]) -> None:
+    """Networks with an ImageNet stem, ResNet-18 for one, have it."""
+    attributes = {"kernel_shape": (3, 3), "strides": (2, 2), "pads": pads}
+    nodes = [
+        helper.make_node("Cast", ["images"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["numbers"], ["planes"], perm=(0, 3, 1, 2)),
+        helper.make_node("Neg", ["planes"], ["below zero"]),
+        helper.make_node("MaxPool", ["below zero"], ["score"], **attributes),
+    ]
+    info = helper.make_tensor_value_info
+    shape = [None, None, None, None]
+    graph = helper.make_graph(
+        nodes, "g", [info("images", TensorProto.UINT8, shape)], [info("score", TensorProto.FLOAT, shape)]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    images = np.random.default_rng(0).integers(0, 256, (2, 9, 10, 3), dtype=np.uint8)
+    (expected,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(["score"], {"images": images})
+    np.testing.assert_allclose(run_uint8(Graph(model), images, ("score",))["score"].numpy(), expected, atol=1e-3)
+
+
 def test_unknown_branch_says_what_there_is(model: bytes) -> None:
     with pytest.raises(GraphError, match="bmp"):
         Graph(model).encoder("nobody")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hardening.encoders import Encoder, as_input, features
 from hardening.files import load_tensors
-from hardening.pretrain import _MoCo, pretrain, supcon_loss
+from hardening.pretrain import _MoCo, pretrain, supcon_loss, views
 from hardening.recipe import Pretrain, RecipeError, SSLMethod
 from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
 from tests.support.patterns import patterns, untrained_encoder
@@ -56,6 +56,21 @@ WITH_LABELS = {"supcon", "supervised"}
 
 def test_there_are_nine_methods() -> None:
     assert set(METHODS) == {"simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins"} | WITH_LABELS
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40), (80, 80)])
+def test_views_are_pictures_each_on_its_own_and_repeatable(shape: tuple[int, int]) -> None:
+    image = torch.rand(1, 3, *shape).expand(16, -1, -1, -1)
+    view = views(*shape)
+    torch.manual_seed(3)
+    first = view(image)
+    assert first.shape == image.shape
+    assert first.min() >= 0
+    assert first.max() <= 1
+    different = (first[:, None] - first[None]).abs().amax((2, 3, 4)) > 1e-3
+    assert different.sum() == 16 * 15  # no two of one batch are the same view
+    torch.manual_seed(3)
+    assert torch.equal(view(image), first)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "moco"])
