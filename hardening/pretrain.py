@@ -40,6 +40,9 @@ _PROTOTYPES = 256
 class _Method(nn.Module):
     """Two views of N images, [N, 3, H, W] each, and labels [N] -> a scalar loss."""
 
+    compares = True
+    """Whether the second view is looked at."""
+
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
@@ -76,6 +79,8 @@ class _SupCon(_Joint):
 
 class _Supervised(_Method):
     """Cross-entropy of one view: the cheapest way to a BMP branch where the local images have labels."""
+
+    compares = False
 
     def __init__(self, encoder: Encoder, classes: int) -> None:
         super().__init__(encoder)
@@ -257,7 +262,13 @@ def pretrain(
 
     torch.manual_seed(seed)
     method = _method(recipe.method, encoder, len(images), int(labels.max()) + 1).to(device).train()
-    view = views(*images.shape[1:3])
+    augmented = views(*images.shape[1:3])
+
+    def view(x: Tensor) -> Tensor:
+        # In the memory format that convolutions like.
+        found: Tensor = augmented(x).contiguous(memory_format=torch.channels_last)
+        return found
+
     trainable = [p for p in method.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     batch = min(recipe.batch_size, len(images))
@@ -275,7 +286,9 @@ def pretrain(
             for index in range(per_epoch):
                 chosen = order[index * batch : (index + 1) * batch]
                 x = as_input(images[chosen], device)
-                loss = method(view(x), view(x), torch.as_tensor(labels[chosen], device=device))
+                first = view(x)
+                second = view(x) if method.compares else first
+                loss = method(first, second, torch.as_tensor(labels[chosen], device=device))
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()

@@ -6,6 +6,8 @@ got, heads of his own included (T8); what he finds is measured on the real bundl
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -55,24 +57,26 @@ def threshold(calibration: Calibration, budget: float) -> float:
     return float(scores[len(scores) - 1 - flagged])
 
 
-def target_of(graph: Graph, task: Task, manifest: Manifest, mixture: bool = False) -> Target:
-    """The whole defence, differentiable: the graph, and a task's heads with their guarded fusion, or as an equal mixture."""
-    by_branch = graph.feature_names
-    wanted = (*by_branch.values(), "embedding", "confidence", "score")
+def target_of(graph: Graph, task: Task, manifest: Manifest, attack: str) -> Target:
+    """The whole defence as an attack sees it, differentiable: the graph, and a task's heads, fused as it wants them.
+
+    One that ignores the flag gets no numbers for it and for the features, which saves the undefended victim's passes.
+    """
+    mixture, blind = attack.endswith(MIXTURE), attack.removesuffix(MIXTURE) in _THROUGH_HEADS
+    by_branch = {} if blind else graph.feature_names
+    wanted = (*by_branch.values(), "embedding", "confidence", *(() if blind else ("score",)))
 
     def see(images: Tensor) -> Seen:
         found = graph(images, wanted)
-        features = {branch: found[value] for branch, value in by_branch.items()}
-        values = {**features, "embedding": found["embedding"], "confidence": found["confidence"]}
         logits = task.served_logits(found["embedding"])
         mixed = logits.log_softmax(dim=2).logsumexp(dim=1)
         return Seen(
             embedding=found["embedding"],
             confidence=found["confidence"],
-            score=found["score"],
-            features=features,
+            score=logits.new_full((len(logits),), math.nan) if blind else found["score"],
+            features={branch: found[value] for branch, value in by_branch.items()},
             logits=logits,
-            fused=mixed if mixture else task.system_logits(values, manifest)[GUARDED],
+            fused=mixed if mixture else task.system_logits(found, manifest)[GUARDED],
         )
 
     return Target(see, threshold(manifest.calibration, AIMED_AT_FPR))

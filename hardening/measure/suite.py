@@ -27,7 +27,7 @@ from hardening.graph import Graph
 from hardening.knn import knn_predict
 from hardening.measure.baselines import Baseline, fit_baseline, train_baseline
 from hardening.measure.changes import honest_changes
-from hardening.measure.knowing import MIXTURE, attack_knowing, target_of
+from hardening.measure.knowing import attack_knowing, target_of
 from hardening.measure.oblivious import NOISE, UNIVERSAL, craft, craft_universal, fingerprint, kept, load_universal
 from hardening.measure.records import CLEAN, Origin, Record, once
 from hardening.measure.rivals import Rival, fit_rivals
@@ -315,7 +315,7 @@ class _Room:
         few = slice(0, self.size.adaptive_images)
         attacked = attack_knowing(
             attack,
-            target_of(known.graph, known.task, known.manifest, mixture=attack.endswith(MIXTURE)),
+            target_of(known.graph, known.task, known.manifest, attack),
             self.task.images[few],
             self.task.labels[few],
             epsilon=epsilon,

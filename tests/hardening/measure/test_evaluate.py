@@ -105,11 +105,17 @@ def test_what_an_attacker_aims_at(toy_bundles: tuple[Path, Path], task_folder: P
     graph = Graph(bundle.model)
     task = load_task("patterns", task_folder, graph, bundle.manifest, SIZES["smoke"], tmp_path, "cpu", QuietBars())
     images = as_input(task.images[:6])
-    served, mixture = (target_of(graph, task, bundle.manifest, mixture=mixed).see(images) for mixed in (False, True))
+    served, mixture, blind = (
+        target_of(graph, task, bundle.manifest, attack).see(images)
+        for attack in ("T5-selective", "T5-selective@mixture", HEAD_AWARE)
+    )
     probabilities = served.require_logits().softmax(dim=2).mean(dim=1)
     torch.testing.assert_close(mixture.require_fused().softmax(dim=1), probabilities)
     assert not torch.allclose(served.require_fused(), mixture.require_fused())
     torch.testing.assert_close(mixture.score, served.score)
+    torch.testing.assert_close(blind.require_fused(), served.require_fused())
+    assert torch.isnan(blind.score).all()
+    assert not blind.features
 
 
 def test_numbers_hang_together(records: list[Record]) -> None:
