@@ -172,12 +172,17 @@ class _Trainer:
         self.centre, self.scale, self.labelled, self.device = centre, scale, labelled, device
         self.epsilon = recipe.epsilon / 255
 
-    def standard(self, features: Tensor) -> Tensor:
-        """Features on a common scale: those after a ReLU otherwise point all into nearly the same direction."""
-        return (features - self.centre) / self.scale
+    def standard(self, encoder: Encoder, images: Tensor) -> Tensor:
+        """Features on a common scale: those after a ReLU otherwise point all into nearly the same direction.
+
+        On an NVIDIA card the encoder computes in bfloat16, twice as fast; weights, head and losses stay in float32.
+        """
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+            features: Tensor = encoder(images)
+        return (features.float() - self.centre) / self.scale
 
     def logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.standard(self.tuned(images)))
+        logits: Tensor = self.head(self.standard(self.tuned, images))
         return logits
 
     def attack(self, images: Tensor, labels: Tensor, steps: int, generator: torch.Generator, share: float = 1.0) -> Tensor:
@@ -190,10 +195,10 @@ class _Trainer:
                 return F.cross_entropy(self.logits(x), labels, reduction="none")
         else:
             with torch.no_grad():
-                clean = self.standard(self.tuned(images))
+                clean = self.standard(self.tuned, images)
 
             def loss(x: Tensor) -> Tensor:
-                return 1 - F.cosine_similarity(self.standard(self.tuned(x)), clean)
+                return 1 - F.cosine_similarity(self.standard(self.tuned, x), clean)
 
         # 2.5 epsilon / steps lets every pixel cross the ball (Madry et al. 2018); one step goes to its edge.
         step_size = epsilon * min(1.25, 2.5 / steps)
@@ -204,8 +209,8 @@ class _Trainer:
         recipe = self.recipe
         adversarial = self.attack(images, labels, recipe.steps, generator, share)
         with torch.no_grad():
-            public = self.standard(self.public(images))
-        features = self.standard(self.tuned(adversarial))
+            public = self.standard(self.public, images)
+        features = self.standard(self.tuned, adversarial)
         total = recipe.anchor_weight * (1 - F.cosine_similarity(features, public)).mean()
         if recipe.relation == "features" or not self.labelled:
             total = total + recipe.relation_weight * feature_relation(features, public)
@@ -236,8 +241,8 @@ class _Trainer:
                     right["clean"].append(self.logits(x).argmax(1) == y)
                     right["robust"].append(self.logits(attacked).argmax(1) == y)
                 else:
-                    public = self.standard(self.public(x))
-                    losses.append(1 - F.cosine_similarity(self.standard(self.tuned(attacked)), public))
+                    public = self.standard(self.public, x)
+                    losses.append(1 - F.cosine_similarity(self.standard(self.tuned, attacked), public))
         if not self.labelled:
             distance = torch.cat(losses).mean().item()
             return {"distance": distance, "selection": -distance}

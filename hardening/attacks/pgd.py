@@ -23,7 +23,7 @@ def pgd(
     Gen-AF has none, and the gradient of a cosine distance to the start itself is zero. Only gradients with respect to the
     images are taken (in the published code they also leaked into the weights' gradients).
     """
-    noise = torch.rand(images.shape, generator=generator).to(images.device) * 2 - 1
+    noise = torch.rand(images.shape, generator=_beside(images, generator), device=images.device) * 2 - 1
     adversarial = (images + epsilon * noise).clamp(0, 1)
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
@@ -32,3 +32,11 @@ def pgd(
         stepped = adversarial.detach() + step_size * gradient.sign()
         adversarial = torch.minimum(torch.maximum(stepped, images - epsilon), images + epsilon).clamp(0, 1)
     return adversarial.detach()
+
+
+def _beside(images: Tensor, generator: torch.Generator) -> torch.Generator:
+    """A generator on the images' device, seeded by the next draw of one on the CPU: drawing there and copying is slow."""
+    if images.device == generator.device:
+        return generator
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator(images.device).manual_seed(seed)
