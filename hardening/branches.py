@@ -22,6 +22,10 @@ EARLY, LAYOUT = ".early", ".layout"
 PARTS = {"": 1.0, EARLY: 0.3, LAYOUT: 0.5}
 """What is read from a branch, and its weight in the embedding."""
 RFDM_K = 3.0
+VOTE_FLOOR = 0.03
+"""Added to every probability in a vote: no branch can speak against a class by more than its logarithm."""
+GUARD_FLOOR, GUARD_LEAST = 0.03, 1e-6
+"""Below this p-value a branch loses its vote, down to this share of it."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,16 @@ def fuse(logits: Tensor, weights: Tensor) -> Tensor:
     return (weights[..., None] * logits).sum(dim=1)
 
 
-def guard(weights: Tensor, confidence: Tensor, floor: float = 0.03) -> Tensor:
-    """Take the vote from a branch that its own evidence speaks against.
+def guarded_vote(logits: Tensor, confidence: Tensor) -> Tensor:
+    """The fusion that is served: logits [N, B, C], each branch's p-value [N, B] -> log-odds [N, C] that add up the votes.
 
-    Confidence-weighted fusion hands the vote to whichever branch was broken into certainty; here each weight [N, B] is
-    multiplied by the branch's conformal p-value [N, B], clamped at `floor`, and scaled to sum to 1 again.
+    A branch votes with log(probability + VOTE_FLOOR), so that none can say more against a class than log(VOTE_FLOOR): where
+    votes are logits weighted by certainty (ZePAD's RFDM), whoever breaks one branch thoroughly overrules the others. And it
+    loses its vote as its own evidence speaks against it: below GUARD_FLOOR it is multiplied by p / GUARD_FLOOR.
     """
-    guarded = weights * (confidence / floor).clamp(max=1.0).clamp_min(1e-6)
-    scaled: Tensor = guarded / guarded.sum(dim=1, keepdim=True)
-    return scaled
+    trust = (confidence / GUARD_FLOOR).clamp(GUARD_LEAST, 1)
+    votes = (logits.softmax(dim=-1) + VOTE_FLOOR).log()
+    return (trust[..., None] * votes).sum(dim=1)
 
 
 def embed(branches: Sequence[Mapping[str, Tensor]]) -> Tensor:

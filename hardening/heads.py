@@ -1,9 +1,10 @@
 """Task heads: classifiers on a bundle's frozen branches, trained from a labelled folder, without torch.
 
-Each branch of the embedding gets a linear head, fitted alone as `branches.train_head` does; the fusion of their logits and
-the last softmax are part of one small ONNX graph. `rfdm` is the paper's fusion (ZePAD section 3): each head votes by its own
-certainty. `guarded`, the default, also weighs the heads' logits by what they add to each other on held-out folds (stacking:
-Wolpert 1992, Breiman 1996), and takes the vote from a branch that its own evidence speaks against (`branches.guard`).
+Each branch of the embedding gets a linear head, fitted alone as `branches.train_head` does; their fusion and the last softmax
+are part of one small ONNX graph. `rfdm` is the paper's fusion (ZePAD section 3): a sum of logits, each weighted by its head's
+certainty. `guarded`, the default, adds up votes that are bounded, so that no branch decides alone, and takes the vote from a
+branch that its own evidence speaks against (`branches.guarded_vote`). How sharp each head's probabilities are is fitted on
+held-out folds: by what the heads add to each other there (stacking: Wolpert 1992, Breiman 1996).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from model_store.tasks import TaskHead, check_head
 
 Fusion = Literal["guarded", "rfdm"]
 RFDM_K = 3.0
-GUARD_FLOOR, GUARD_LEAST = 0.03, 1e-6
+GUARD_FLOOR, GUARD_LEAST, VOTE_FLOOR = 0.03, 1e-6, 0.03
+"""As in `hardening.branches`, which needs torch."""
 _TOWARDS_1 = 0.01
 _STEPS = 300
 VALIDATION_SHARE = 0.15
@@ -63,7 +65,7 @@ class Linear:
     bias: NDArray[np.float64]
     """[C]"""
     scale: float = 1.0
-    """What the guarded fusion multiplies its logits by."""
+    """What the guarded fusion multiplies its logits by, before their softmax."""
 
 
 @dataclass(frozen=True)
@@ -231,42 +233,45 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
     def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
         nodes.append(helper.make_node(kind, inputs, [output], **attributes))
 
-    # RFDM: c = m exp(k (m - 1/2)), with m the largest probability of each branch.
-    constants["half"], constants["steepness"] = np.array(0.5, np.float32), np.array(RFDM_K, np.float32)
     for head in heads:
         b = head.branch
         constants[f"{b}_weight"] = head.weight.astype(np.float32)
         constants[f"{b}_bias"] = head.bias.astype(np.float32)
         constants[f"{b}_start"] = np.array([head.start], np.int64)
         constants[f"{b}_end"] = np.array([head.start + len(head.weight)], np.int64)
-        constants[f"{b}_scale"] = np.array(head.scale if fusion == "guarded" else 1, np.float32)
         node("Slice", ["embedding", f"{b}_start", f"{b}_end", "columns"], f"{b}_features")
         node("Gemm", [f"{b}_features", f"{b}_weight", f"{b}_bias"], f"{b}_logits")
-        node("Softmax", [f"{b}_logits"], f"{b}_probabilities", axis=1)
-        node("ReduceMax", [f"{b}_probabilities"], f"{b}_certainty", axes=[1], keepdims=1)
-        node("Mul", [f"{b}_logits", f"{b}_scale"], f"{b}_scaled")
-        node("Unsqueeze", [f"{b}_scaled", "columns"], f"{b}_row")
-    node("Concat", [f"{head.branch}_certainty" for head in heads], "certainty", axis=1)
-    node("Sub", ["certainty", "half"], "centred")
-    node("Mul", ["centred", "steepness"], "exponent")
-    node("Exp", ["exponent"], "boost")
-    node("Mul", ["certainty", "boost"], "rfdm")
+        if fusion == "rfdm":
+            node("Unsqueeze", [f"{b}_logits", "columns"], f"{b}_row")
+        else:
+            constants[f"{b}_scale"] = np.array(head.scale, np.float32)
+            node("Mul", [f"{b}_logits", f"{b}_scale"], f"{b}_scaled")
+            node("Unsqueeze", [f"{b}_scaled", "columns"], f"{b}_row")
+    node("Concat", [f"{head.branch}_row" for head in heads], "logits", axis=1)
+    node("Softmax", ["logits"], "branch_probabilities", axis=2)
     if fusion == "rfdm":
-        node("Identity", ["rfdm"], "vote")
+        # c = m exp(k (m - 1/2)), with m the largest probability of each branch; scaled to sum to 1.
+        constants["half"], constants["steepness"] = np.array(0.5, np.float32), np.array(RFDM_K, np.float32)
+        node("ReduceMax", ["branch_probabilities"], "certainty", axes=[2], keepdims=0)
+        node("Sub", ["certainty", "half"], "centred")
+        node("Mul", ["centred", "steepness"], "exponent")
+        node("Exp", ["exponent"], "boost")
+        node("Mul", ["certainty", "boost"], "weight")
+        node("ReduceSum", ["weight", "columns"], "weights", keepdims=1)
+        node("Div", ["weight", "weights"], "share")
+        node("Identity", ["logits"], "vote")
     else:
         constants["voters"] = np.array([names.index(head.branch) for head in heads], np.int64)
-        constants["floor"] = np.array(GUARD_FLOOR, np.float32)
-        constants["least"] = np.array(GUARD_LEAST, np.float32)
-        constants["most"] = np.array(1, np.float32)
+        constants["guard_floor"] = np.array(GUARD_FLOOR, np.float32)
+        constants["vote_floor"] = np.array(VOTE_FLOOR, np.float32)
+        constants["least"], constants["most"] = np.array(GUARD_LEAST, np.float32), np.array(1, np.float32)
         node("Gather", ["confidence", "voters"], "trust", axis=1)
-        node("Div", ["trust", "floor"], "relative")
-        node("Clip", ["relative", "least", "most"], "guard")
-        node("Mul", ["rfdm", "guard"], "vote")
-    node("ReduceSum", ["vote", "columns"], "votes", keepdims=1)
-    node("Div", ["vote", "votes"], "share")
+        node("Div", ["trust", "guard_floor"], "relative")
+        node("Clip", ["relative", "least", "most"], "share")
+        node("Add", ["branch_probabilities", "vote_floor"], "bounded")
+        node("Log", ["bounded"], "vote")
     node("Unsqueeze", ["share", "last"], "share_column")
-    node("Concat", [f"{head.branch}_row" for head in heads], "logits", axis=1)
-    node("Mul", ["logits", "share_column"], "weighted")
+    node("Mul", ["vote", "share_column"], "weighted")
     node("ReduceSum", ["weighted", "columns"], "fused", keepdims=0)
     node("Softmax", ["fused"], "probabilities", axis=1)
     graph = helper.make_graph(
@@ -307,16 +312,13 @@ class _Fitted:
 
 
 def _stack(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> list[float]:
-    """Scales of B heads, of their held-out logits [N, B, C]: the likeliest ones of the scaled logits' RFDM fusion.
+    """Scales of B heads, of their held-out logits [N, B, C]: those by which the mean of the scaled logits is the likeliest.
 
     Drawn towards 1, so that a head that adds little today still has a voice when another one is attacked.
     """
-    certainty = np.exp(logits.max(axis=2) - logsumexp(logits, axis=2))
-    votes = certainty * np.exp(RFDM_K * (certainty - 0.5))
-    shares = votes / votes.sum(axis=1, keepdims=True)
 
     def loss(logarithms: NDArray[np.float64]) -> float:
-        fused = np.einsum("nbc,nb,b->nc", logits, shares, np.exp(logarithms))
+        fused = np.einsum("nbc,b->nc", logits, np.exp(logarithms)) / logits.shape[1]
         likelihood = fused[np.arange(len(labels)), labels] - logsumexp(fused, axis=1)
         return float(_TOWARDS_1 * np.square(logarithms).sum() - likelihood.mean())
 

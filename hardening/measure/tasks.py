@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hardening import data
-from hardening.branches import BMP, MPAE, TRIPWIRE, Head, fuse, guard, rfdm_weights, train_head
+from hardening.branches import BMP, MPAE, TRIPWIRE, Head, fuse, guarded_vote, rfdm_weights, train_head
 from hardening.graph import Graph, run_uint8
 from hardening.heads import Linear, train_heads
 from hardening.measure.sizes import Size
@@ -82,14 +82,13 @@ class Task:
         names = [branch.name for branch in manifest.branches]
         confidence = values["confidence"][:, [names.index(name) for name in heads]]
         scales = torch.tensor([head.scale for head in self.served]).to(logits)
-        weights = rfdm_weights(logits)
         return {
             "hardened victim alone": logits[:, heads.index(MPAE[0])],
             "hardened auxiliary alone": logits[:, heads.index(MPAE[1])],
             "BMP alone": logits[:, heads.index(BMP)],
             "three branches, plain average": logits.mean(dim=1),
-            "three branches, RFDM": fuse(logits, weights),
-            GUARDED: fuse(logits * scales[:, None], guard(weights, confidence)),
+            "three branches, RFDM": fuse(logits, rfdm_weights(logits)),
+            GUARDED: guarded_vote(logits * scales[:, None], confidence),
         }
 
     def served_logits(self, embedding: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hardening.branches import EARLY, LAYOUT, PARTS, Standard, embed, fuse, guard, rfdm_weights, train_head
+from hardening.branches import EARLY, LAYOUT, PARTS, VOTE_FLOOR, Standard, embed, fuse, guarded_vote, rfdm_weights, train_head
 from hardening.encoders import Encoder, features
 from tests.support.patterns import patterns
 
@@ -38,17 +38,26 @@ def test_equal_branches_share_equally() -> None:
     assert torch.allclose(weights, torch.full((5, 3), 1 / 3))
 
 
+def test_no_branch_overrules_two_that_agree() -> None:
+    """However loud it is: where votes are raw logits, its voice has no bound."""
+    mild, loud = [2.0, 0, 0], [0, 1000.0, 0]
+    logits = torch.tensor([[mild, mild, loud]])
+    assert guarded_vote(logits, torch.ones(1, 3)).argmax() == 0
+    assert fuse(logits, rfdm_weights(logits)).argmax() == 1
+    # It speaks against a class by no more than the logarithm of the floor.
+    assert guarded_vote(logits[:, 2:], torch.ones(1, 1)).amin().item() == pytest.approx(math.log(VOTE_FLOOR))
+
+
 def test_the_guard_takes_the_vote_from_a_branch_that_was_broken() -> None:
-    weights = torch.tensor([[0.2, 0.2, 0.6]] * 4)
-    confidence = torch.tensor([[0.5, 0.5, 0.5], [0.1, 1.0, 0.1], [1, 1, 0.001], [1, 1, 0]])
-    found = guard(weights, confidence)
-    assert torch.allclose(found[0], weights[0])
-    assert torch.allclose(found[1], weights[1])
-    assert found[2].tolist() == pytest.approx([0.2 / 0.42, 0.2 / 0.42, 0.02 / 0.42])
-    assert found[3, 2] < 1e-5
-    assert torch.allclose(found.sum(1), torch.ones(4))
-    # All three broken: nobody's vote is divided by zero.
-    assert torch.isfinite(guard(weights, torch.zeros(4, 3))).all()
+    logits = torch.tensor([[[1.0, 0], [1, 0], [0, 9]]])
+    votes = (logits.softmax(2) + VOTE_FLOOR).log()[0]
+    whole = torch.tensor([[0.5, 0.03, 1.0]])
+    assert torch.allclose(guarded_vote(logits, whole)[0], votes.sum(0))
+    assert torch.allclose(guarded_vote(logits, torch.tensor([[1, 1, 0.003]]))[0], votes[0] + votes[1] + 0.1 * votes[2])
+    silenced = guarded_vote(logits, torch.tensor([[1.0, 1, 0]]))[0]
+    assert torch.allclose(silenced, votes[0] + votes[1], atol=1e-4)
+    # All three broken: what is left of their voices still names the likeliest class.
+    assert guarded_vote(logits, torch.zeros(1, 3)).argmax() == votes.sum(0).argmax()
 
 
 def test_the_embedding_has_unit_length_and_fixed_weights() -> None:

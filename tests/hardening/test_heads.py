@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hardening.branches import fuse, guard, rfdm_weights, train_head
+from hardening.branches import VOTE_FLOOR, fuse, guarded_vote, rfdm_weights, train_head
 from hardening.heads import Fusion, HeadError, Linear, add_head, head_graph, hold_out, labelled, train_heads
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.folder import FolderError
@@ -34,15 +34,17 @@ def by_the_formulas(
 ) -> NDArray[np.float64]:
     """Probabilities [N, C] in float64, written down from the paper and not from the graph."""
     logits = np.stack([embedding[:, h.start : h.start + len(h.weight)] @ h.weight + h.bias for h in heads], axis=1)
-    m = softmax(logits).max(axis=2)
-    weights = m * np.exp(3 * (m - 0.5))
     if fusion == "guarded":
         names = [branch.name for branch in manifest.branches]
         trust = np.stack([confidence[:, names.index(h.branch)] for h in heads], axis=1)
-        weights = weights * np.clip(trust.astype(np.float64) / 0.03, 1e-6, 1)
-        logits = logits * np.array([h.scale for h in heads])[:, None]
-    weights = weights / weights.sum(axis=1, keepdims=True)
-    return softmax((weights[:, :, None] * logits).sum(axis=1))
+        weights = np.clip(trust.astype(np.float64) / 0.03, 1e-6, 1)
+        votes = np.log(softmax(logits * np.array([h.scale for h in heads])[:, None]) + VOTE_FLOOR)
+    else:
+        m = softmax(logits).max(axis=2)
+        weights = m * np.exp(3 * (m - 0.5))
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        votes = logits
+    return softmax((weights[:, :, None] * votes).sum(axis=1))
 
 
 @pytest.fixture
@@ -83,11 +85,12 @@ def test_the_formulas_are_those_of_the_branches(tiny: Path, fusion: Fusion) -> N
     embedding, confidence = some(50)
     stacked = [torch.as_tensor(embedding[:, h.start : h.start + 8] @ h.weight + h.bias) for h in heads]
     logits = torch.stack(stacked, dim=1)
-    weights = rfdm_weights(logits)
     if fusion == "guarded":
-        weights = guard(weights, torch.as_tensor(confidence[:, :3], dtype=torch.float64))
-        logits = logits * torch.tensor([h.scale for h in heads])[:, None]
-    expected = fuse(logits, weights).softmax(dim=1).numpy()
+        scales = torch.tensor([h.scale for h in heads])[:, None]
+        fused = guarded_vote(logits * scales, torch.as_tensor(confidence[:, :3], dtype=torch.float64))
+    else:
+        fused = fuse(logits, rfdm_weights(logits))
+    expected = fused.softmax(dim=1).numpy()
     np.testing.assert_allclose(by_the_formulas(manifest, heads, embedding, confidence, fusion), expected, atol=1e-9)
 
 
