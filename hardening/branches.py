@@ -22,8 +22,8 @@ EARLY, LAYOUT = ".early", ".layout"
 PARTS = {"": 1.0, EARLY: 0.3, LAYOUT: 0.5}
 """What is read from a branch, and its weight in the embedding."""
 RFDM_K = 3.0
-VOTE_FLOOR = 0.03
-"""Added to every probability in a vote: no branch can speak against a class by more than its logarithm."""
+VOTE_FLOOR = 0.3
+"""Times chance, added to every probability in a vote: no branch can speak against a class by more than its logarithm."""
 GUARD_FLOOR, GUARD_LEAST = 0.03, 1e-6
 """Below this p-value a branch loses its vote, down to this share of it."""
 
@@ -107,12 +107,12 @@ def fuse(logits: Tensor, weights: Tensor) -> Tensor:
 def guarded_vote(logits: Tensor, confidence: Tensor) -> Tensor:
     """The fusion that is served: logits [N, B, C], each branch's p-value [N, B] -> log-odds [N, C] that add up the votes.
 
-    A branch votes with log(probability + VOTE_FLOOR), so that none can say more against a class than log(VOTE_FLOOR): where
-    votes are logits weighted by certainty (ZePAD's RFDM), whoever breaks one branch thoroughly overrules the others. And it
-    loses its vote as its own evidence speaks against it: below GUARD_FLOOR it is multiplied by p / GUARD_FLOOR.
+    A branch votes with log(probability + VOTE_FLOOR / C), so that what it says against a class has a bound: where votes are
+    logits weighted by certainty (ZePAD's RFDM), whoever breaks one branch thoroughly overrules the others. And it loses its
+    vote as its own evidence speaks against it: below GUARD_FLOOR it is multiplied by p / GUARD_FLOOR.
     """
     trust = (confidence / GUARD_FLOOR).clamp(GUARD_LEAST, 1)
-    votes = (logits.softmax(dim=-1) + VOTE_FLOOR).log()
+    votes = (logits.softmax(dim=-1) + VOTE_FLOOR / logits.shape[-1]).log()
     return (trust[..., None] * votes).sum(dim=1)
 
 

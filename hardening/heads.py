@@ -38,7 +38,7 @@ from model_store.tasks import TaskHead, check_head
 
 Fusion = Literal["guarded", "rfdm"]
 RFDM_K = 3.0
-GUARD_FLOOR, GUARD_LEAST, VOTE_FLOOR = 0.03, 1e-6, 0.03
+GUARD_FLOOR, GUARD_LEAST, VOTE_FLOOR = 0.03, 1e-6, 0.3
 """As in `hardening.branches`, which needs torch."""
 _TOWARDS_1 = 0.01
 _STEPS = 300
@@ -263,7 +263,7 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
     else:
         constants["voters"] = np.array([names.index(head.branch) for head in heads], np.int64)
         constants["guard_floor"] = np.array(GUARD_FLOOR, np.float32)
-        constants["vote_floor"] = np.array(VOTE_FLOOR, np.float32)
+        constants["vote_floor"] = np.array(VOTE_FLOOR / classes, np.float32)
         constants["least"], constants["most"] = np.array(GUARD_LEAST, np.float32), np.array(1, np.float32)
         node("Gather", ["confidence", "voters"], "trust", axis=1)
         node("Div", ["trust", "guard_floor"], "relative")

@@ -38,7 +38,7 @@ def by_the_formulas(
         names = [branch.name for branch in manifest.branches]
         trust = np.stack([confidence[:, names.index(h.branch)] for h in heads], axis=1)
         weights = np.clip(trust.astype(np.float64) / 0.03, 1e-6, 1)
-        votes = np.log(softmax(logits * np.array([h.scale for h in heads])[:, None]) + VOTE_FLOOR)
+        votes = np.log(softmax(logits * np.array([h.scale for h in heads])[:, None]) + VOTE_FLOOR / logits.shape[2])
     else:
         m = softmax(logits).max(axis=2)
         weights = m * np.exp(3 * (m - 0.5))
