@@ -13,6 +13,8 @@ from sklearn.linear_model import LogisticRegressionCV
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hardening.heads import GUARD_FLOOR, GUARD_LEAST, RFDM_K, VOTE_FLOOR
+
 MPAE = ("mpae_victim", "mpae_auxiliary")
 BMP = "bmp"
 BRANCHES = (*MPAE, BMP)
@@ -21,11 +23,6 @@ EARLY, LAYOUT = ".early", ".layout"
 """Behind an encoder's name: parts of what is read from it beside its features. See `encoders.Encoder.readout`."""
 PARTS = {"": 1.0, EARLY: 0.3, LAYOUT: 0.5}
 """What is read from a branch, and its weight in the embedding."""
-RFDM_K = 3.0
-VOTE_FLOOR = 0.3
-"""Times chance, added to every probability in a vote: no branch can speak against a class by more than its logarithm."""
-GUARD_FLOOR, GUARD_LEAST = 0.03, 1e-6
-"""Below this p-value a branch loses its vote, down to this share of it."""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ class _Trainer:
     def standard(self, encoder: Encoder, images: Tensor) -> Tensor:
         """Features on a common scale: those after a ReLU otherwise point all into nearly the same direction.
 
-        On an NVIDIA card the encoder computes in bfloat16, twice as fast; weights, head and losses stay in float32.
+        On an NVIDIA card the encoder computes in bfloat16; weights, head and losses stay in float32.
         """
         with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
             features: Tensor = encoder(images)

@@ -38,8 +38,10 @@ from model_store.tasks import TaskHead, check_head
 
 Fusion = Literal["guarded", "rfdm"]
 RFDM_K = 3.0
-GUARD_FLOOR, GUARD_LEAST, VOTE_FLOOR = 0.03, 1e-6, 0.3
-"""As in `hardening.branches`, which needs torch."""
+VOTE_FLOOR = 0.3
+"""Times chance, added to every probability in a vote: no branch can speak against a class by more than its logarithm."""
+GUARD_FLOOR, GUARD_LEAST = 0.03, 1e-6
+"""Below this p-value a branch loses its vote, down to this share of it."""
 _TOWARDS_1 = 0.01
 _STEPS = 300
 VALIDATION_SHARE = 0.15
@@ -241,12 +243,9 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
         constants[f"{b}_end"] = np.array([head.start + len(head.weight)], np.int64)
         node("Slice", ["embedding", f"{b}_start", f"{b}_end", "columns"], f"{b}_features")
         node("Gemm", [f"{b}_features", f"{b}_weight", f"{b}_bias"], f"{b}_logits")
-        if fusion == "rfdm":
-            node("Unsqueeze", [f"{b}_logits", "columns"], f"{b}_row")
-        else:
-            constants[f"{b}_scale"] = np.array(head.scale, np.float32)
-            node("Mul", [f"{b}_logits", f"{b}_scale"], f"{b}_scaled")
-            node("Unsqueeze", [f"{b}_scaled", "columns"], f"{b}_row")
+        constants[f"{b}_scale"] = np.array(head.scale if fusion == "guarded" else 1, np.float32)
+        node("Mul", [f"{b}_logits", f"{b}_scale"], f"{b}_scaled")
+        node("Unsqueeze", [f"{b}_scaled", "columns"], f"{b}_row")
     node("Concat", [f"{head.branch}_row" for head in heads], "logits", axis=1)
     node("Softmax", ["logits"], "branch_probabilities", axis=2)
     if fusion == "rfdm":

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import transforms
 
-from hardening.branches import BMP, BRANCHES, MPAE, RFDM_K, TRIPWIRE, Head, rfdm_weights
+from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, Head, rfdm_weights
 from hardening.encoders import as_input
+from hardening.heads import RFDM_K
 
 Scores = NDArray[np.float64]
 Images = NDArray[np.uint8]

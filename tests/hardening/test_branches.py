@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from hardening.branches import EARLY, LAYOUT, PARTS, VOTE_FLOOR, Standard, embed, fuse, guarded_vote, rfdm_weights, train_head
+from hardening.branches import EARLY, LAYOUT, PARTS, Standard, embed, fuse, guarded_vote, rfdm_weights, train_head
 from hardening.encoders import Encoder, features
+from hardening.heads import VOTE_FLOOR
 from tests.support.patterns import patterns
 
 

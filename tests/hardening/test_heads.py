@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hardening.branches import VOTE_FLOOR, fuse, guarded_vote, rfdm_weights, train_head
-from hardening.heads import Fusion, HeadError, Linear, add_head, head_graph, hold_out, labelled, train_heads
+from hardening.branches import fuse, guarded_vote, rfdm_weights, train_head
+from hardening.heads import VOTE_FLOOR, Fusion, HeadError, Linear, add_head, head_graph, hold_out, labelled, train_heads
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.folder import FolderError
 from model_store.manifest import MODEL_FILE, Branch, Manifest
