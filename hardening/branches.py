@@ -19,6 +19,8 @@ MPAE = ("mpae_victim", "mpae_auxiliary")
 BMP = "bmp"
 BRANCHES = (*MPAE, BMP)
 TRIPWIRE = "tripwire"
+SENTINEL = "sentinel"
+"""The network that was trained to see perturbations, where the detector has one. See `hardening.sentinel`."""
 EARLY, LAYOUT = ".early", ".layout"
 """Behind an encoder's name: parts of what is read from it beside its features. See `encoders.Encoder.readout`."""
 PARTS = {"": 1.0, EARLY: 0.3, LAYOUT: 0.5}

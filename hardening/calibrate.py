@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from sklearn.model_selection import KFold
 from torch import Tensor
 
-from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, train_head
+from hardening.branches import BMP, BRANCHES, MPAE, SENTINEL, TRIPWIRE, train_head
 from hardening.compact import round_weights
 from hardening.data import Dataset
-from hardening.detectors import ConsistencyDetector, Detector, PaperDetector
+from hardening.detectors import ConsistencyDetector, Detector, PaperDetector, SentinelDetector
 from hardening.encoders import Encoder, as_input, fold_batch_norm, merge_gains
 from hardening.gate import EMBEDDED, Gate, Views
 from hardening.honest import changed_at_random
@@ -32,6 +32,10 @@ _BATCH = 16
 _FOLDS = 5
 
 
+_DETECTORS = {"consistency": ConsistencyDetector, "sentinel": SentinelDetector}
+"""Those that are fitted on honestly changed images."""
+
+
 @dataclass(frozen=True)
 class Calibrated:
     """A gate ready for export, and the table of its score."""
@@ -40,12 +44,19 @@ class Calibrated:
     calibration: Calibration
 
 
-def assemble(victim: Encoder, tuned: Mapping[str, Encoder], sample: NDArray[np.uint8]) -> Views:
-    """Put the undefended victim and the three tuned encoders together, with the weights that will be shipped.
+def by_branch(victim: Encoder, tuned: Mapping[str, Encoder]) -> dict[str, Encoder]:
+    """The undefended victim and the encoders that were tuned for each role, by the names that they have in a bundle."""
+    return {TRIPWIRE: victim, MPAE[0]: tuned["victim"], MPAE[1]: tuned["auxiliary"], BMP: tuned["bmp"]}
+
+
+def assemble(
+    victim: Encoder, tuned: Mapping[str, Encoder], sample: NDArray[np.uint8], sentinel: Encoder | None = None
+) -> Views:
+    """Put the undefended victim, the three tuned encoders and a sentinel together, with the weights that will be shipped.
 
     `sample` [N, H, W, 3] uint8 proves that folding BatchNorm changes nothing.
     """
-    encoders = {TRIPWIRE: victim, MPAE[0]: tuned["victim"], MPAE[1]: tuned["auxiliary"], BMP: tuned["bmp"]}
+    encoders = by_branch(victim, tuned) | ({} if sentinel is None else {SENTINEL: sentinel})
     for encoder in encoders.values():
         fold_batch_norm(encoder, as_input(sample))
         merge_gains(encoder)
@@ -56,7 +67,7 @@ def assemble(victim: Encoder, tuned: Mapping[str, Encoder], sample: NDArray[np.u
 def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: Bars) -> Calibrated:
     """Fit the detector on `fit`, each image after an honest change, then the score's table on `calibration`, unchanged.
 
-    A folder calibration/ says what the gate will see, so the consistency detector is fitted on it too: evidence that only
+    A folder calibration/ says what the gate will see, so the detector is fitted on it too: evidence that only
     knew the few classes of `fit` would take every other picture for strange. The table's scores then come from detectors that
     were fitted without the image that they judge (cross-conformal prediction, Vovk 2015).
     """
@@ -65,14 +76,15 @@ def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: 
     clean, _ = dataset.take("calibration")
     own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
     score: NDArray[np.float32] | None = None
-    if detector == "consistency":
-        read = partial(collect, views, wanted=ConsistencyDetector.views, device=device, bars=bars)
+    if detector in _DETECTORS:
+        kind = _DETECTORS[detector]
+        read = partial(collect, views, wanted=kind.views, device=device, bars=bars)
         known = read(changed_at_random(images, 0), what="features for the detector")
         if own:
             theirs = read(clean, what="features of calibration/")
             changed = read(changed_at_random(clean, 1), what="features of calibration/, changed")
-            known, score = _together(known, changed), _scores_by_others(known, theirs, changed, bars)
-        fitted: Detector = ConsistencyDetector.fit(known)
+            known, score = _together(known, changed), _scores_by_others(kind, known, theirs, changed, bars)
+        fitted: Detector = kind.fit(known)
     elif dataset.labelled:
         fitted = PaperDetector({name: train_head(values[name], labels) for name in BRANCHES})
     else:
@@ -91,14 +103,18 @@ def _together(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict
 
 
 def _scores_by_others(
-    fit: Mapping[str, Tensor], clean: Mapping[str, Tensor], changed: Mapping[str, Tensor], bars: Bars
+    kind: type[ConsistencyDetector],
+    fit: Mapping[str, Tensor],
+    clean: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    bars: Bars,
 ) -> NDArray[np.float32]:
     """Scores [N] of clean features by view, each from a detector that was fitted on `fit` and the other folds, changed."""
     count = len(next(iter(clean.values())))
     score = np.zeros(count, np.float32)
     with bars.task("calibrate the score", count) as task:
         for rest, held in KFold(_FOLDS, shuffle=True, random_state=0).split(score):
-            detector = ConsistencyDetector.fit(_together(fit, {view: found[rest] for view, found in changed.items()}))
+            detector = kind.fit(_together(fit, {view: found[rest] for view, found in changed.items()}))
             score[held] = detector({view: found[held] for view, found in clean.items()})[1].numpy()
             task.advance(len(held))
     return score

@@ -1,6 +1,7 @@
 """`twogate harden`: from a recipe and a folder of images to a bundle, stage by stage.
 
-data → encoders (public weights or pre-training) → fine-tuning → assembly → calibration → export → measuring → publication.
+data → encoders (public weights or pre-training) → fine-tuning → sentinel, if any → assembly → calibration → export →
+measuring → publication.
 Every stage leaves its result in the run directory, written beside and renamed; a run that was killed goes on where it was.
 """
 
@@ -21,8 +22,8 @@ from typing import Any
 import torch
 
 from hardening import data, encoders
-from hardening.branches import BMP, MPAE, TRIPWIRE
-from hardening.calibrate import assemble, calibrate
+from hardening.branches import BMP, MPAE, SENTINEL, TRIPWIRE
+from hardening.calibrate import assemble, by_branch, calibrate
 from hardening.card import write_card
 from hardening.detectors import PaperDetector
 from hardening.encoders import Encoder
@@ -40,6 +41,7 @@ from hardening.process import prepare_process
 from hardening.progress import Bars
 from hardening.provenance import commit
 from hardening.recipe import Recipe, load_recipe
+from hardening.sentinel import train_sentinel
 from hardening.workers import Job, run_jobs
 from model_store.bundle import Bundle, load_bundle, verify_bundle
 from model_store.errors import TwogateError
@@ -121,8 +123,19 @@ def _stage(recipe: Recipe, data_root: Path, dataset: data.Dataset, staged: Path,
     if not all((run / "encoders" / f"finetune {role}.pt").exists() for role in ROLES):
         run_jobs(jobs, workers, bars)
     tuned = {role: train_encoder(recipe, dataset, role, run, device, bars) for role in ROLES}
-    sample = dataset.images[dataset.splits["fit"][:8]]
-    views = assemble(public_encoder(recipe, dataset, "victim", run, device, bars), tuned, sample)
+    victim = public_encoder(recipe, dataset, "victim", run, device, bars)
+    sentinel = None
+    if recipe.detector == SENTINEL:
+        sentinel = train_sentinel(
+            by_branch(victim, tuned),
+            recipe.sentinel,
+            dataset.take("local")[0],
+            seed=recipe.seed,
+            folder=run / "encoders",
+            device=device,
+            bars=bars,
+        )
+    views = assemble(victim, tuned, dataset.images[dataset.splits["fit"][:8]], sentinel)
     calibrated = calibrate(views, dataset, recipe.detector, device, bars)
     bars.say("export to ONNX")
     gate = calibrated.gate.to("cpu")
@@ -255,11 +268,13 @@ def _branches(recipe: Recipe, gate: Gate) -> tuple[Branch, ...]:
         MPAE[1]: f"a second public encoder ({recipe.auxiliary.architecture}), adversarially fine-tuned",
         BMP: f"an encoder ({recipe.bmp.architecture}) that knows local images only, {_bmp_training(recipe)}",
         TRIPWIRE: f"the public victim ({recipe.victim.architecture}) as it was; watched, not part of the embedding",
+        SENTINEL: "a small network that was trained on local images to see perturbations; not part of the embedding",
     }
+    roles: dict[str, Any] = {BMP: "bmp", TRIPWIRE: "tripwire", SENTINEL: "sentinel"}
     return tuple(
         Branch(
             name=name,
-            role="tripwire" if name == TRIPWIRE else "bmp" if name == BMP else "mpae",
+            role=roles.get(name, "mpae"),
             description=described[name],
             embedding_dim=sum(dims.get(name, ())),
             parts=dims.get(name, ()),

@@ -113,6 +113,17 @@ class Finetune(_Part):
     crop: float = Field(default=0.7, gt=0, le=1, description="smallest share of the picture's side that a crop keeps")
 
 
+class Sentinel(_Part):
+    """The network that is trained to see perturbations, on the split `local`; only for `detector: sentinel`."""
+
+    epochs: int = Field(default=12, ge=1)
+    batch_size: int = Field(default=64, ge=4, description="half of them attacked")
+    learning_rate: float = Field(default=4e-3, gt=0)
+    width: int = Field(
+        default=24, ge=4, description="channels of its first convolution; the last ones have four times as many"
+    )
+
+
 class Evaluate(_Part):
     """What the card says of the bundle on `test/`: the words, and how hard attacks try, are those of `twogate evaluate`."""
 
@@ -139,7 +150,8 @@ class Recipe(_Part):
         default=Finetune(epsilon=0, epochs=4),
         description="on clean images, or with an `epsilon`: who knows the method attacks the branch that gives way first",
     )
-    detector: Literal["consistency", "paper"] = "consistency"
+    detector: Literal["consistency", "sentinel", "paper"] = "consistency"
+    sentinel: Sentinel = Sentinel()
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")

@@ -32,9 +32,11 @@ class Branch(_Part):
     """One column of `confidence`. An `mpae` or `bmp` branch is also a part of the embedding, in this order."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    role: Literal["mpae", "bmp", "tripwire"]
+    role: Literal["mpae", "bmp", "tripwire", "sentinel"]
     description: str
-    embedding_dim: int = Field(ge=0, description="columns of the embedding that this branch fills; 0 for a tripwire")
+    embedding_dim: int = Field(
+        ge=0, description="columns of the embedding that this branch fills; 0 for a tripwire and a sentinel"
+    )
     parts: tuple[int, ...] = Field(
         (),
         description="columns of each part of them: its features, then its early stages, then its layout; empty where all "
@@ -51,7 +53,7 @@ class Branch(_Part):
 class Detector(_Part):
     """Which rule made `confidence` and `score`, and the numbers that it was fitted with, for people."""
 
-    name: Literal["consistency", "paper"]
+    name: Literal["consistency", "sentinel", "paper"]
     description: str
     parameters: dict[str, Any] = Field(default_factory=dict)
 

@@ -3,5 +3,6 @@
 from hardening.detectors.base import Detector
 from hardening.detectors.consistency import ConsistencyDetector
 from hardening.detectors.paper import PaperDetector
+from hardening.detectors.sentinel import SentinelDetector
 
-__all__ = ["ConsistencyDetector", "Detector", "PaperDetector"]
+__all__ = ["ConsistencyDetector", "Detector", "PaperDetector", "SentinelDetector"]

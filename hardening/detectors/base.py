@@ -14,7 +14,7 @@ class Detector(nn.Module):
     `views` names the features that it reads: an encoder's name, or `name@blur` for that encoder on a blurred image.
     """
 
-    name: Literal["consistency", "paper"]
+    name: Literal["consistency", "sentinel", "paper"]
     description: str
     views: tuple[str, ...]
     branches: tuple[str, ...]

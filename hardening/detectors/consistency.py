@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -52,11 +52,11 @@ from hardening.compact import round_weights
 from hardening.detectors.base import Detector
 
 BLUR, ZOOM, MOVE, MIRROR = "@blur", "@zoom", "@move", "@mirror"
+ALARM = "alarm"
+"""Evidence that a network answers itself, of a detector that has one."""
 _COMPONENTS = 96
 _LEVELS = (0.99, 0.95, 0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02, 0.01)
 """Tail probabilities at which the tables have their knots; beyond the last a straight line goes on."""
-_SHARES = {TRIPWIRE: 0.9, BMP: 0.1}
-"""Of the false alarms, by branch."""
 _USUAL_SHARE = 0.5
 """Of what is usual for such a picture, taken off the evidence that counts beside it."""
 _TAIL = 0.1
@@ -70,40 +70,36 @@ _SHIFTS = {
     "mirror shift": (MIRROR, True),
 }
 """Their views, and whether early stages are read; not under the tripwire's blur."""
-_PLAIN: dict[str, tuple[str, ...]] = {
-    TRIPWIRE: ("blur shift", "zoom shift", "whitened blur shift", "whitened residual"),
-    BMP: ("blur shift", "residual"),
-    MPAE[0]: ("cross residual",),
-    MPAE[1]: ("cross residual",),
-}
-"""Evidence as it is, by the branch that it speaks against."""
 _BESIDE = ("blur shift", "whitened residual", "move shift", "mirror shift")
 """The tripwire's evidence that counts beside what is usual for such a picture."""
-_EVIDENCE = (
-    *((name, kind) for name, kinds in _PLAIN.items() for kind in kinds),
-    *((TRIPWIRE, f"{kind}, beside what is usual") for kind in _BESIDE),
-)
-_VOICES = (*_PLAIN, TRIPWIRE)
-"""Whom each sum of evidence speaks against; the last one beside what is usual."""
 
 
 class ConsistencyDetector(Detector):
     """See the module's text. `fit` makes one from clean features."""
 
-    name = "consistency"
+    name: Literal["consistency", "sentinel", "paper"] = "consistency"
     description = (
         "the undefended victim kept as tripwire; shifts of tripwire and BMP under a blur, of the tripwire under zoom, move "
         "and mirror, their residuals from the MPAE branches' prediction, in features and early stages, as they are and "
         "beside what is usual for such a picture; sum of normal scores and conformal p per branch; "
         "score = larger -ln(p / share)"
     )
-    views = (
+    views: tuple[str, ...] = (
         *(name + part for name in (*BRANCHES, TRIPWIRE) for part in ("", EARLY)),
         *(name + part + BLUR for name in (TRIPWIRE, BMP) for part in ("", EARLY)),
         TRIPWIRE + ZOOM,
         *(TRIPWIRE + part + how for part in ("", EARLY) for how in (MOVE, MIRROR)),
     )
-    branches = (*BRANCHES, TRIPWIRE)
+    branches: tuple[str, ...] = (*BRANCHES, TRIPWIRE)
+    shares: ClassVar[Mapping[str, float]] = {TRIPWIRE: 0.9, BMP: 0.1}
+    """Of the false alarms, by branch."""
+    plain: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        TRIPWIRE: ("blur shift", "zoom shift", "whitened blur shift", "whitened residual"),
+        BMP: ("blur shift", "residual"),
+        MPAE[0]: ("cross residual",),
+        MPAE[1]: ("cross residual",),
+    }
+    """Evidence as it is, by the branch that it speaks against."""
 
     def __init__(self, spaces: Mapping[str, _Space], maps: Mapping[str, nn.Linear], whiten: Mapping[str, nn.Linear]) -> None:
         super().__init__()
@@ -114,7 +110,7 @@ class ConsistencyDetector(Detector):
         self.fitted_on = 0
 
     @classmethod
-    def fit(cls, features: Mapping[str, Tensor]) -> ConsistencyDetector:
+    def fit(cls, features: Mapping[str, Tensor]) -> Self:
         """Fit on features [N, d] by view of honest images that no encoder was tuned on."""
         spaces = {name: _Space.fit(_stages(features, name)) for name in (*BRANCHES, TRIPWIRE)}
         reduced = {name: space(_stages(features, name)).numpy().astype(np.float64) for name, space in spaces.items()}
@@ -141,8 +137,19 @@ class ConsistencyDetector(Detector):
         detector.tripwire = _Table.fit(both.numpy(), upper, -np.log(upper), _slope_of_the_mean_excess)
         return detector
 
+    @classmethod
+    def kinds(cls) -> tuple[tuple[str, str], ...]:
+        """Each evidence: the branch that it speaks against, and what it is."""
+        plain = [(name, kind) for name, kinds in cls.plain.items() for kind in kinds]
+        return (*plain, *((TRIPWIRE, f"{kind}, beside what is usual") for kind in _BESIDE))
+
+    @classmethod
+    def _voices(cls) -> tuple[str, ...]:
+        """Whom each sum of evidence speaks against; the last one beside what is usual."""
+        return (*cls.plain, TRIPWIRE)
+
     def evidence(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Features by view -> [N, 12], in the order of `_EVIDENCE`."""
+        """Features by view -> [N, E], in the order of `kinds`."""
         reduced = {name: self.spaces[name](_stages(features, name)) for name in self.spaces}
         predicted = {name: self.maps[name](source) for name, source in _sources(reduced).items()}
         shift = self.spaces[TRIPWIRE](_stages(features, TRIPWIRE, BLUR)) - reduced[TRIPWIRE]
@@ -155,11 +162,13 @@ class ConsistencyDetector(Detector):
     def _plain(
         self, features: Mapping[str, Tensor], predicted: Mapping[str, Tensor], lengths: Mapping[str, Tensor]
     ) -> Tensor:
-        """[N, 8]: the evidence of `_PLAIN`."""
+        """[N, P]: the evidence of `plain`."""
         columns = []
-        for name, kinds in _PLAIN.items():
+        for name, kinds in self.plain.items():
             for kind in kinds:
-                if kind in _SHIFTS:
+                if kind == ALARM:
+                    columns.append(features[name][:, 0])
+                elif kind in _SHIFTS:
                     columns.append(self._shift(features, name, kind))
                 elif kind.startswith("whitened "):
                     columns.append(lengths[kind.removeprefix("whitened ")].to(features[name].dtype))
@@ -194,37 +203,37 @@ class ConsistencyDetector(Detector):
         return torch.cat(sides, dim=1)
 
     def _sums(self, evidence: Tensor) -> Tensor:
-        """[N, 12] -> [N, 5]: the normal scores of each of `_VOICES`, added."""
+        """[N, E] -> [N, V]: the normal scores of each of `_voices`, added."""
         scores = self.normal_scores(evidence)
         sums, start = [], 0
-        for count in (*map(len, _PLAIN.values()), len(_BESIDE)):
+        for count in (*map(len, self.plain.values()), len(_BESIDE)):
             sums.append(scores[:, list(range(start, start + count))].sum(dim=1))
             start += count
         return torch.stack(sums, dim=1)
 
     def _tripwires(self, surprises: Tensor) -> Tensor:
-        """[N, 5] -> [N, 1]: the louder of the tripwire's voices."""
-        own = [number for number, name in enumerate(_VOICES) if name == TRIPWIRE]
+        """[N, V] -> [N, 1]: the louder of the tripwire's voices."""
+        own = [number for number, name in enumerate(self._voices()) if name == TRIPWIRE]
         return surprises[:, own].amax(dim=1, keepdim=True)
 
     def minus_log_p(self, evidence: Tensor) -> Tensor:
-        """[N, 12] -> [N, 4]: -ln of each branch's conformal p-value, in the order of `branches`; without a ceiling."""
+        """[N, E] -> [N, B]: -ln of each branch's conformal p-value, in the order of `branches`; without a ceiling."""
         surprises: Tensor = self.surprises(self._sums(evidence))
         tripwire = self.tripwire(self._tripwires(surprises))
-        columns = [tripwire[:, 0] if name == TRIPWIRE else surprises[:, _VOICES.index(name)] for name in self.branches]
+        columns = [tripwire[:, 0] if name == TRIPWIRE else surprises[:, self._voices().index(name)] for name in self.branches]
         return torch.stack(columns, dim=1)
 
     def forward(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """See Detector."""
         surprise = self.minus_log_p(self.evidence(features))
-        scored = [surprise[:, self.branches.index(name)] + math.log(share) for name, share in _SHARES.items()]
+        scored = [surprise[:, self.branches.index(name)] + math.log(share) for name, share in self.shares.items()]
         return torch.exp(-surprise), torch.stack(scored, dim=1).amax(dim=1)
 
     def parameters_for_people(self) -> dict[str, Any]:
         """What was measured, on how many honest images."""
         return {
-            "evidence": [f"{name}: {kind}" for name, kind in _EVIDENCE],
-            "scored": dict(_SHARES),
+            "evidence": [f"{name}: {kind}" for name, kind in self.kinds()],
+            "scored": dict(self.shares),
             "fitted_on": self.fitted_on,
         }
 
