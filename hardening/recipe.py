@@ -119,6 +119,10 @@ class Sentinel(_Part):
     epochs: int = Field(default=12, ge=1)
     batch_size: int = Field(default=64, ge=4, description="half of them attacked")
     learning_rate: float = Field(default=4e-3, gt=0)
+    dynamic: bool = Field(
+        default=False,
+        description="attacks are made anew in each epoch, against the network itself too: for a bundle that stays secret",
+    )
     width: int = Field(
         default=24, ge=4, description="channels of its first convolution; the last ones have four times as many"
     )

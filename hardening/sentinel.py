@@ -1,19 +1,22 @@
 """A small network that is trained to see perturbations: an adversary detection network (Metzen et al., ICLR 2017).
 
-It learns on local images alone: clean and honestly changed ones on the one side, on the other the same images attacked here,
-by PGD on the features of the tripwire and of each branch, and by universal perturbations of the tripwire. Each is drawn at a
-strength between `WEAKEST` and `STRONGEST`, so that no threshold of it is tuned to one budget. It never sees a label, nor a
-class of the task, nor the images that calibrate it; which pictures it takes for attacked is decided by its p-value among
-clean ones (`hardening.detectors.sentinel`).
+It learns on local images alone: clean and honestly changed ones on the one side, on the other the same images attacked
+here: by PGD on the features of the tripwire and of each branch, by universal perturbations and by patches of the tripwire.
+Strengths are drawn between `WEAKEST` and `STRONGEST`, so that nothing is tuned to one budget. It never sees a label, nor the
+images that calibrate it; which pictures it takes for attacked is decided by its p-value among clean ones
+(`hardening.detectors.sentinel`).
 
-Metzen et al. read the classifier's own feature maps. Those belong to a network that everybody has; this one is trained
-apart from it, from random weights, so that who lacks the bundle has to guess it.
+With `dynamic`, PGD is made anew for each batch, and against the network itself too (their section 3.3, "dynamic adversary
+training"): a feature distance, less a weight drawn for each image times the logit. It costs an attack an image and epoch.
+Who attacks through a sentinel of his own is then seen by another one, which has learned what it looks like when pictures
+hide from it. In their paper the network reads the classifier's feature maps; here it stands apart, from random weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hardening.attacks.features import apply_universal, pgd_features, uap_features
+from hardening.attacks.features import apply_universal, pgd_features, to_uint8, uap_features
+from hardening.attacks.pgd import pgd
 from hardening.branches import SENTINEL, TRIPWIRE
 from hardening.encoders import Encoder, as_input
 from hardening.files import load_tensors, save_tensors
@@ -38,26 +42,42 @@ _PGD_STEPS = 6
 _CHUNK = 28
 """Images that are attacked with one epsilon, on one encoder."""
 _UNIVERSAL, _UNIVERSAL_IMAGES, _UNIVERSAL_EPOCHS, _UNIVERSAL_EPSILON = 8, 320, 2, 8.0
-_UNIVERSAL_SHARE = 0.4
+_PATCHES, _PATCH_AREA = 4, 0.03
+_UNIVERSAL_SHARE, _PATCH_SHARE = 0.3, 0.1
 """Of the attacked images of a batch; the others are PGD's."""
+_STATIC = 0.25
+"""Share of the epochs before the attacks are dynamic: against a network that knows nothing yet, there is nothing to hide."""
+_HIDING_SHARE, _HIDING_WEIGHTS = 0.6, (-2.5, -0.5)
+"""Of dynamic attacks, those that hide, and how much it counts, as powers of ten."""
 _STORED_SHARE = 0.2
 """Of the attacked images, those that are honestly changed afterwards, as a file's way through an app does."""
-_CHANGED_SHARE, _SIGNS_SHARE = 0.5, 0.08
-"""Of the unattacked images, those that are honestly changed, and those under random signs: noise is no attack."""
+_CHANGED_SHARE, _NOISE_SHARE = 0.7, 0.15
+"""Of the unattacked images, those that are honestly changed, and those under noise, which is no attack."""
+_RESIDUAL_GAIN = 8.0
 _SHIFT = 1 / 16
 """Share of the side by which crops differ."""
 
 
-class SentinelNetwork(nn.Sequential):
-    """Images [N, 3, H, W] -> one logit each, [N, 1]; positive = perturbed. Five convolutions, half or a quarter of the
-    resolution in most of them: perturbations are fine, and a pooled network would not see them."""
+class SentinelNetwork(nn.Module):
+    """Images [N, 3, H, W] -> one logit each, [N, 1]; positive = perturbed. Five convolutions at half or a quarter of the
+    resolution: perturbations are fine, and a network that pools early would not see them.
+
+    Beside the image it gets, enlarged, what differs from the mean of the nine pixels around: there a perturbation is not
+    hidden under the picture, as in the constrained first layers of steganalysis (Fridrich and Kodovsky 2012, SRM).
+    """
 
     num_features = 1
+    residual: Tensor
 
     def __init__(self, width: int, height_and_width: tuple[int, int]) -> None:
+        super().__init__()
+        middle = torch.zeros(3, 3)
+        middle[1, 1] = 1
+        kernels = torch.stack([middle, _RESIDUAL_GAIN * (middle - 1 / 9)])
+        self.register_buffer("residual", torch.einsum("kxy,ci->kcixy", kernels, torch.eye(3)).reshape(6, 3, 3, 3))
         second = 2 if min(height_and_width) >= 96 else 1
         planes = [
-            (3, width, 1),
+            (6, width, 1),
             (width, 2 * width, 2),
             (2 * width, 2 * width, second),
             (2 * width, 4 * width, 2),
@@ -66,7 +86,14 @@ class SentinelNetwork(nn.Sequential):
         layers: list[nn.Module] = []
         for inputs, outputs, stride in planes:
             layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 1))
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.Linear(4 * width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        both = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.residual)
+        logit: Tensor = self.last(self.layers(both).mean((2, 3)))
+        return logit
 
 
 def train_sentinel(
@@ -89,7 +116,9 @@ def train_sentinel(
     if done.exists():
         encoder.load_state_dict(load_tensors(done)["encoder"])
         return encoder.eval()
-    attacked, universal = _attacks(watched, images, seed, folder / f"{SENTINEL}.attacks.pt", device, bars)
+    for other in watched.values():
+        other.to(device).eval().requires_grad_(False)
+    made = _attacks(watched, images, seed, folder / f"{SENTINEL}.attacks.pt", device, bars)
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = recipe.batch_size // 2
     per_epoch = max(1, len(images) // size)
@@ -105,7 +134,10 @@ def train_sentinel(
             ones, zeros = rng.permutation(len(images)), rng.permutation(len(images))
             losses, right = [], []
             for start in range(0, per_epoch * size, size):
-                bad = _perturbed(images, attacked, universal, ones[start : start + size], rng)
+                bad = _perturbed(images, made, ones[start : start + size], rng)
+                if recipe.dynamic and number >= _STATIC * recipe.epochs:
+                    rows = np.flatnonzero(rng.random(len(bad)) >= _UNIVERSAL_SHARE + _PATCH_SHARE)
+                    bad[rows] = _hiding(encoder, watched, images[ones[start + rows]], rng, generator, device)
                 good = _unattacked(images[zeros[start : start + size]], rng)
                 x = as_input(_cropped(np.concatenate([bad, good]), rng), device)
                 y = (torch.arange(len(x), device=device) < len(bad)).float()
@@ -127,25 +159,34 @@ def train_sentinel(
     save_tensors(done, {"encoder": encoder.state_dict(), "history": history})
     for left in ("checkpoint", "attacks"):
         (folder / f"{SENTINEL}.{left}.pt").unlink(missing_ok=True)
+    for other in watched.values():
+        other.cpu()
     return encoder.cpu().eval()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Attacks made before the first epoch: each image after PGD [N, H, W, 3], every second chunk of them on the tripwire;
+    universal perturbations [U, H, W, 3] in 1/255; square patches [P, h, w, 3]."""
+
+    pgd: NDArray[np.uint8]
+    universal: NDArray[np.float32]
+    patches: NDArray[np.uint8]
 
 
 def _attacks(
     watched: Mapping[str, Encoder], images: NDArray[np.uint8], seed: int, file: Path, device: str, bars: Bars
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Each image after PGD [N, H, W, 3], every second chunk of them on the tripwire; and universal perturbations
-    [U, H, W, 3] in 1/255. Kept in `file`."""
+) -> _Made:
+    """Made once, and kept in `file`."""
     if not file.exists():
         rng = np.random.default_rng((seed, len(images)))
         others = [name for name in watched if name != TRIPWIRE]
         attacked = np.empty_like(images)
-        with torch.no_grad():
-            moved = {name: encoder.to(device).eval().requires_grad_(False) for name, encoder in watched.items()}
         with bars.task(f"{SENTINEL}: attacks", len(images)) as task:
             for number, start in enumerate(range(0, len(images), _CHUNK)):
                 name = TRIPWIRE if number % 2 == 0 else others[number // 2 % len(others)]
                 attacked[start : start + _CHUNK] = pgd_features(
-                    moved[name],
+                    watched[name],
                     images[start : start + _CHUNK],
                     epsilon=rng.uniform(WEAKEST, STRONGEST),
                     steps=_PGD_STEPS,
@@ -157,7 +198,7 @@ def _attacks(
                 task.advance(min(_CHUNK, len(images) - start))
         universal = [
             uap_features(
-                moved[TRIPWIRE],
+                watched[TRIPWIRE],
                 images[rng.permutation(len(images))[:_UNIVERSAL_IMAGES]],
                 epsilon=_UNIVERSAL_EPSILON,
                 epochs=_UNIVERSAL_EPOCHS,
@@ -167,33 +208,91 @@ def _attacks(
             )
             for _ in range(_UNIVERSAL)
         ]
-        save_tensors(file, {"pgd": torch.from_numpy(attacked), "universal": torch.from_numpy(np.stack(universal))})
-        for encoder in watched.values():
-            encoder.cpu()
+        patches = [
+            _patch(watched[TRIPWIRE], images[rng.permutation(len(images))[:_UNIVERSAL_IMAGES]], rng, device)
+            for _ in range(_PATCHES)
+        ]
+        arrays = {"pgd": attacked, "universal": np.stack(universal), "patches": np.stack(patches)}
+        save_tensors(file, {name: torch.from_numpy(array) for name, array in arrays.items()})
     kept: dict[str, Tensor] = load_tensors(file)
-    return kept["pgd"].numpy(), kept["universal"].numpy()
+    return _Made(**{name: tensor.numpy() for name, tensor in kept.items()})
+
+
+def _patch(victim: Encoder, images: NDArray[np.uint8], rng: np.random.Generator, device: str) -> NDArray[np.uint8]:
+    """A square [h, h, 3] that moves the victim's features wherever it is put, from images [M, H, W, 3]: sign ascent."""
+    height, width = images.shape[1:3]
+    side = max(2, round(math.sqrt(_PATCH_AREA * height * width)))
+    pixels = torch.from_numpy(rng.random((3, side, side), dtype=np.float32)).to(device)
+    for _ in range(_UNIVERSAL_EPOCHS):
+        for start in range(0, len(images), _CHUNK):
+            x = as_input(images[start : start + _CHUNK], device)
+            top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+            pixels.requires_grad_()
+            frame = (left, width - side - left, top, height - side - top)
+            mask = F.pad(torch.ones_like(pixels), frame)
+            distance = 1 - F.cosine_similarity(victim(x * (1 - mask) + F.pad(pixels, frame)), victim(x))
+            (gradient,) = torch.autograd.grad(distance.sum(), pixels)
+            pixels = (pixels.detach() + 0.05 * gradient.sign()).clamp(0, 1)
+    patch: NDArray[np.uint8] = to_uint8(pixels[None])[0]
+    return patch
 
 
 def _perturbed(
-    images: NDArray[np.uint8],
-    attacked: NDArray[np.uint8],
-    universal: NDArray[np.float32],
-    chosen: NDArray[np.int64],
-    rng: np.random.Generator,
+    images: NDArray[np.uint8], made: _Made, chosen: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    result = attacked[chosen]
-    every = rng.random(len(chosen)) < _UNIVERSAL_SHARE
-    for row in np.flatnonzero(every):
-        delta = universal[rng.integers(len(universal))] * (rng.uniform(WEAKEST, STRONGEST) / _UNIVERSAL_EPSILON)
-        result[row] = apply_universal(images[chosen[row]][None], delta)[0]
+    """Images [n, H, W, 3] of those `chosen`, attacked."""
+    result = made.pgd[chosen]
+    kind = rng.random(len(chosen))
+    for row in np.flatnonzero(kind < _UNIVERSAL_SHARE + _PATCH_SHARE):
+        image = images[chosen[row]]
+        if kind[row] < _UNIVERSAL_SHARE:
+            strength = rng.uniform(WEAKEST, STRONGEST) / _UNIVERSAL_EPSILON
+            delta = made.universal[rng.integers(len(made.universal))] * np.float32(strength)
+            result[row] = apply_universal(image[None], delta)[0]
+        else:
+            patch = made.patches[rng.integers(len(made.patches))]
+            top, left = (
+                int(rng.integers(there - here + 1)) for there, here in zip(image.shape, patch.shape[:2], strict=False)
+            )
+            result[row] = image
+            result[row, top : top + len(patch), left : left + len(patch)] = patch
     return _changed(result, _STORED_SHARE, rng)
+
+
+def _hiding(
+    sentinel: Encoder,
+    watched: Mapping[str, Encoder],
+    images: NDArray[np.uint8],
+    rng: np.random.Generator,
+    generator: torch.Generator,
+    device: str,
+) -> NDArray[np.uint8]:
+    """Images [n, H, W, 3] after PGD on the features of one encoder, some of them with an eye on the sentinel."""
+    names = list(watched)
+    encoder = watched[TRIPWIRE if rng.random() < 0.5 else names[int(rng.integers(len(names)))]]
+    epsilon, steps = rng.uniform(WEAKEST, STRONGEST) / 255, int(rng.integers(3, _PGD_STEPS + 1))
+    drawn = np.where(rng.random(len(images)) < _HIDING_SHARE, 10 ** rng.uniform(*_HIDING_WEIGHTS, len(images)), 0)
+    weight, x = torch.as_tensor(drawn, dtype=torch.float32, device=device), as_input(images, device)
+    with torch.no_grad():
+        clean = encoder(x)
+
+    def loss(z: Tensor) -> Tensor:
+        moved = 1 - F.cosine_similarity(encoder(z), clean)
+        quiet: Tensor = moved - weight * sentinel(z)[:, 0]
+        return quiet
+
+    sentinel.eval()
+    attacked = pgd(x, loss, epsilon=epsilon, steps=steps, step_size=2.5 * epsilon / steps, generator=generator)
+    sentinel.train()
+    return to_uint8(attacked)
 
 
 def _unattacked(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     result = _changed(images, _CHANGED_SHARE, rng)
-    for row in np.flatnonzero(rng.random(len(images)) < _SIGNS_SHARE):
-        signs = rng.choice((-1, 1), images.shape[1:]) * rng.uniform(WEAKEST, STRONGEST)
-        result[row] = apply_universal(images[row][None], signs.astype(np.float32))[0]
+    for row in np.flatnonzero(rng.random(len(images)) < _NOISE_SHARE):
+        strength, shape = rng.uniform(WEAKEST, STRONGEST), images.shape[1:]
+        noise = rng.normal(0, strength, shape) if rng.random() < 0.5 else strength * rng.choice((-1, 1), shape)
+        result[row] = apply_universal(images[row][None], noise.astype(np.float32))[0]
     return result
 
 
@@ -212,6 +311,8 @@ def _cropped(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.
     """All of them mirrored or not, and shifted alike: a universal perturbation is not to be known by its place."""
     if rng.random() < 0.5:
         images = images[:, :, ::-1]
-    height, width = (math.ceil(side * _SHIFT) for side in images.shape[1:3])
-    top, left = rng.integers(0, height + 1), rng.integers(0, width + 1)
-    return np.ascontiguousarray(images[:, top : images.shape[1] - height + top, left : images.shape[2] - width + left])
+    height, width = images.shape[1:3]
+    down, right = (math.ceil(side * _SHIFT) for side in (height, width))
+    moved = np.pad(images, ((0, 0), (down, down), (right, right), (0, 0)), mode="reflect")
+    top, left = rng.integers(0, 2 * down + 1), rng.integers(0, 2 * right + 1)
+    return np.ascontiguousarray(moved[:, top : top + height, left : left + width])

@@ -54,10 +54,11 @@ def test_it_sees_an_attack_on_pictures_that_it_does_not_know(
     assert features(sentinel, noisy).median() < features(sentinel, attacked).median()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(
-    toy_encoder: Encoder, toy_dataset: Dataset, tmp_path: Path, bars: QuietBars
+    dynamic: bool, toy_encoder: Encoder, toy_dataset: Dataset, tmp_path: Path, bars: QuietBars
 ) -> None:
-    images, recipe = toy_dataset.take("local")[0], Sentinel(epochs=3, batch_size=32, width=4)
+    images, recipe = toy_dataset.take("local")[0], Sentinel(epochs=3, batch_size=32, width=4, dynamic=dynamic)
     whole = trained(toy_encoder, images, tmp_path / "whole", bars, recipe)
     with pytest.raises(Interrupted):
         trained(toy_encoder, images, tmp_path / "parts", InterruptingBars(66), recipe)
