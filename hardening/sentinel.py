@@ -53,6 +53,8 @@ _STORED_SHARE = 0.2
 """Of the attacked images, those that are honestly changed afterwards, as a file's way through an app does."""
 _CHANGED_SHARE, _NOISE_SHARE = 0.7, 0.15
 """Of the unattacked images, those that are honestly changed, and those under noise, which is no attack."""
+_LIT_SHARE, _LIGHT = 0.3, (0.6, 1.4)
+"""Of all images, those that are made lighter or darker, and by what factor."""
 _RESIDUAL_GAIN = 8.0
 _SHIFT = 1 / 16
 """Share of the side by which crops differ."""
@@ -139,7 +141,7 @@ def train_sentinel(
                     rows = np.flatnonzero(rng.random(len(bad)) >= _UNIVERSAL_SHARE + _PATCH_SHARE)
                     bad[rows] = _hiding(encoder, watched, images[ones[start + rows]], rng, generator, device)
                 good = _unattacked(images[zeros[start : start + size]], rng)
-                x = as_input(_cropped(np.concatenate([bad, good]), rng), device)
+                x = as_input(_augmented(np.concatenate([bad, good]), rng), device)
                 y = (torch.arange(len(x), device=device) < len(bad)).float()
                 logits = encoder(x)[:, 0]
                 loss = F.binary_cross_entropy_with_logits(logits, y)
@@ -307,12 +309,16 @@ def _changed(images: NDArray[np.uint8], share: float, rng: np.random.Generator) 
     return result
 
 
-def _cropped(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """All of them mirrored or not, and shifted alike: a universal perturbation is not to be known by its place."""
+def _augmented(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """All of them mirrored or not, and shifted alike: a universal perturbation is not to be known by its place. Some lighter
+    or darker, attacked or not: what is cut off at white is no attack."""
     if rng.random() < 0.5:
         images = images[:, :, ::-1]
     height, width = images.shape[1:3]
     down, right = (math.ceil(side * _SHIFT) for side in (height, width))
     moved = np.pad(images, ((0, 0), (down, down), (right, right), (0, 0)), mode="reflect")
     top, left = rng.integers(0, 2 * down + 1), rng.integers(0, 2 * right + 1)
-    return np.ascontiguousarray(moved[:, top : top + height, left : left + width])
+    result = np.ascontiguousarray(moved[:, top : top + height, left : left + width])
+    for row in np.flatnonzero(rng.random(len(result)) < _LIT_SHARE):
+        result[row] = np.clip(np.rint(result[row] * rng.uniform(*_LIGHT)), 0, 255)
+    return result
