@@ -46,7 +46,7 @@ _PATCHES, _PATCH_AREA = 4, 0.03
 _UNIVERSAL_SHARE, _PATCH_SHARE = 0.3, 0.1
 """Of the attacked images of a batch; the others are PGD's."""
 _STATIC = 0.25
-"""Share of the epochs before the attacks are dynamic: against a network that knows nothing yet, there is nothing to hide."""
+"""Share of the epochs before dynamic attacks hide: from a network that knows nothing yet, there is nothing to hide."""
 _HIDING_SHARE, _HIDING_WEIGHTS = 0.6, (-2.5, -0.5)
 """Of dynamic attacks, those that hide, and how much it counts, as powers of ten."""
 _STORED_SHARE = 0.2
@@ -120,7 +120,7 @@ def train_sentinel(
         return encoder.eval()
     for other in watched.values():
         other.to(device).eval().requires_grad_(False)
-    made = _attacks(watched, images, seed, folder / f"{SENTINEL}.attacks.pt", device, bars)
+    made = _attacks(watched, images, recipe.dynamic, seed, folder / f"{SENTINEL}.attacks.pt", device, bars)
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = recipe.batch_size // 2
     per_epoch = max(1, len(images) // size)
@@ -137,9 +137,10 @@ def train_sentinel(
             losses, right = [], []
             for start in range(0, per_epoch * size, size):
                 bad = _perturbed(images, made, ones[start : start + size], rng)
-                if recipe.dynamic and number >= _STATIC * recipe.epochs:
+                if recipe.dynamic:
                     rows = np.flatnonzero(rng.random(len(bad)) >= _UNIVERSAL_SHARE + _PATCH_SHARE)
-                    bad[rows] = _hiding(encoder, watched, images[ones[start + rows]], rng, generator, device)
+                    hiding = _HIDING_SHARE if number >= _STATIC * recipe.epochs else 0.0
+                    bad[rows] = _pgd_now(encoder, hiding, watched, images[ones[start + rows]], rng, generator, device)
                 good = _unattacked(images[zeros[start : start + size]], rng)
                 x = as_input(_augmented(np.concatenate([bad, good]), rng), device)
                 y = (torch.arange(len(x), device=device) < len(bad)).float()
@@ -168,8 +169,8 @@ def train_sentinel(
 
 @dataclass(frozen=True)
 class _Made:
-    """Attacks made before the first epoch: each image after PGD [N, H, W, 3], every second chunk of them on the tripwire;
-    universal perturbations [U, H, W, 3] in 1/255; square patches [P, h, w, 3]."""
+    """Attacks made before the first epoch: each image after PGD [N, H, W, 3], every second chunk of them on the tripwire,
+    or, where PGD is made anew for each batch, as it is; universal perturbations [U, H, W, 3] in 1/255; square patches [P, h, w, 3]."""
 
     pgd: NDArray[np.uint8]
     universal: NDArray[np.float32]
@@ -177,15 +178,22 @@ class _Made:
 
 
 def _attacks(
-    watched: Mapping[str, Encoder], images: NDArray[np.uint8], seed: int, file: Path, device: str, bars: Bars
+    watched: Mapping[str, Encoder],
+    images: NDArray[np.uint8],
+    dynamic: bool,
+    seed: int,
+    file: Path,
+    device: str,
+    bars: Bars,
 ) -> _Made:
     """Made once, and kept in `file`."""
     if not file.exists():
         rng = np.random.default_rng((seed, len(images)))
         others = [name for name in watched if name != TRIPWIRE]
-        attacked = np.empty_like(images)
+        attacked = np.array(images)
+        starts = () if dynamic else range(0, len(images), _CHUNK)
         with bars.task(f"{SENTINEL}: attacks", len(images)) as task:
-            for number, start in enumerate(range(0, len(images), _CHUNK)):
+            for number, start in enumerate(starts):
                 name = TRIPWIRE if number % 2 == 0 else others[number // 2 % len(others)]
                 attacked[start : start + _CHUNK] = pgd_features(
                     watched[name],
@@ -261,19 +269,20 @@ def _perturbed(
     return _changed(result, _STORED_SHARE, rng)
 
 
-def _hiding(
+def _pgd_now(
     sentinel: Encoder,
+    hiding: float,
     watched: Mapping[str, Encoder],
     images: NDArray[np.uint8],
     rng: np.random.Generator,
     generator: torch.Generator,
     device: str,
 ) -> NDArray[np.uint8]:
-    """Images [n, H, W, 3] after PGD on the features of one encoder, some of them with an eye on the sentinel."""
+    """Images [n, H, W, 3] after PGD on the features of one encoder, a share `hiding` of them with an eye on the sentinel."""
     names = list(watched)
     encoder = watched[TRIPWIRE if rng.random() < 0.5 else names[int(rng.integers(len(names)))]]
     epsilon, steps = rng.uniform(WEAKEST, STRONGEST) / 255, int(rng.integers(3, _PGD_STEPS + 1))
-    drawn = np.where(rng.random(len(images)) < _HIDING_SHARE, 10 ** rng.uniform(*_HIDING_WEIGHTS, len(images)), 0)
+    drawn = np.where(rng.random(len(images)) < hiding, 10 ** rng.uniform(*_HIDING_WEIGHTS, len(images)), 0)
     weight, x = torch.as_tensor(drawn, dtype=torch.float32, device=device), as_input(images, device)
     with torch.no_grad():
         clean = encoder(x)
