@@ -170,7 +170,9 @@ def train_sentinel(
 @dataclass(frozen=True)
 class _Made:
     """Attacks made before the first epoch: each image after PGD [N, H, W, 3], every second chunk of them on the tripwire,
-    or, where PGD is made anew for each batch, as it is; universal perturbations [U, H, W, 3] in 1/255; square patches [P, h, w, 3]."""
+    or, where PGD is made anew for each batch, as it is; universal perturbations [U, H, W, 3] in 1/255; square patches
+    [P, h, h, 3].
+    """
 
     pgd: NDArray[np.uint8]
     universal: NDArray[np.float32]
