@@ -4,9 +4,9 @@ Consistency knows clean images alone, and sees what moves the tripwire. A univer
 picture does, but has the same pattern in every picture, and PGD leaves its own; a network that has seen such patterns knows
 them anywhere ("On detecting adversarial perturbations", Metzen et al., ICLR 2017). What that network has not seen, it may
 miss; consistency asks less. So each has a voice: the alarm of the network (`hardening.sentinel`) is evidence like any other,
-with its normal score and conformal p-value among the same honest images, and a share of the false alarms: a small one, because
-what it knows it calls out loudly, and what it takes for an attack by mistake (pictures made much lighter) it does not.
-Thresholds, as always, come from clean images alone.
+with its normal score and conformal p-value among the same honest images, and a share of the false alarms: a small one,
+because what it knows it calls out loudly, and what it takes for an attack by mistake (pictures made much lighter) it does
+not. Thresholds, as always, come from clean images alone.
 """
 
 from __future__ import annotations
