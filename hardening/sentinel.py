@@ -136,9 +136,8 @@ def train_sentinel(
             ones, zeros = rng.permutation(len(images)), rng.permutation(len(images))
             losses, right = [], []
             for start in range(0, per_epoch * size, size):
-                bad = _perturbed(images, made, ones[start : start + size], rng)
+                bad, rows = _perturbed(images, made, ones[start : start + size], rng)
                 if recipe.dynamic:
-                    rows = np.flatnonzero(rng.random(len(bad)) >= _UNIVERSAL_SHARE + _PATCH_SHARE)
                     hiding = _HIDING_SHARE if number >= _STATIC * recipe.epochs else 0.0
                     bad[rows] = _pgd_now(encoder, hiding, watched, images[ones[start + rows]], rng, generator, device)
                 good = _unattacked(images[zeros[start : start + size]], rng)
@@ -251,8 +250,8 @@ def _patch(victim: Encoder, images: NDArray[np.uint8], rng: np.random.Generator,
 
 def _perturbed(
     images: NDArray[np.uint8], made: _Made, chosen: NDArray[np.int64], rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Images [n, H, W, 3] of those `chosen`, attacked."""
+) -> tuple[NDArray[np.uint8], NDArray[np.intp]]:
+    """Images [n, H, W, 3] of those `chosen`, attacked, and the rows of those that are PGD's."""
     result = made.pgd[chosen]
     kind = rng.random(len(chosen))
     for row in np.flatnonzero(kind < _UNIVERSAL_SHARE + _PATCH_SHARE):
@@ -268,7 +267,7 @@ def _perturbed(
             )
             result[row] = image
             result[row, top : top + len(patch), left : left + len(patch)] = patch
-    return _changed(result, _STORED_SHARE, rng)
+    return _changed(result, _STORED_SHARE, rng), np.flatnonzero(kind >= _UNIVERSAL_SHARE + _PATCH_SHARE)
 
 
 def _pgd_now(

@@ -16,7 +16,7 @@ from hardening.data import Dataset
 from hardening.encoders import Encoder, features
 from hardening.export import check_parity, export
 from hardening.recipe import Sentinel
-from hardening.sentinel import train_sentinel
+from hardening.sentinel import _Made, _perturbed, train_sentinel
 from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
 from tests.support.patterns import trained_encoder
 
@@ -81,3 +81,16 @@ def test_a_bundle_with_one_answers_in_onnx_as_in_torch(
     model = export(gate, sample[:2])
     assert check_parity(gate, model, toy_dataset.take("test")[0][:7])
     assert gate.detector.branches[-1] == SENTINEL
+
+
+def test_what_is_called_attacked_is_attacked() -> None:
+    """Where PGD is made anew, the rows that wait for it are told apart from those that have a perturbation already."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(60, 190, (200, 16, 16, 3), dtype=np.uint8)
+    universal = rng.choice((-8, 8), (2, 16, 16, 3)).astype(np.float32)
+    made = _Made(images, universal, rng.integers(0, 256, (2, 3, 3, 3), dtype=np.uint8))
+    chosen = np.arange(200)
+    found, waiting = _perturbed(images, made, chosen, rng)
+    assert 80 < len(waiting) < 160
+    others = np.setdiff1d(chosen, waiting)
+    assert (found[others] != images[others]).any(axis=(1, 2, 3)).all()
