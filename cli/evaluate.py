@@ -48,7 +48,11 @@ def evaluate(
         ),
     ] = "none",
     surrogate: Annotated[
-        str | None, typer.Option(help="A bundle made by the same recipe with another seed: the grey-box attacker's own.")
+        str | None,
+        typer.Option(
+            help="A bundle made by the same recipe with another seed: the grey-box attacker's own. Several, comma-separated, "
+            "are attacked together."
+        ),
     ] = None,
     epsilons: Annotated[str, typer.Option(help="L-infinity budgets in 1/255, comma-separated.")] = "8,10",
     seeds: Annotated[str, typer.Option(help="Of the attacks, comma-separated.")] = "0,1,2",
@@ -77,7 +81,7 @@ def evaluate(
             [_place(store, wanted) for wanted in bundles or []],
             dict(_pair(text) for text in task or []),
             out,
-            surrogate=_place(store, surrogate) if surrogate else None,
+            surrogates=[_place(store, one) for one in surrogate.split(",")] if surrogate else (),
             size=size,
             attacks=_names(attacks, oblivious.ATTACKS),
             adaptive=_names(adaptive, knowing.KNOWING),

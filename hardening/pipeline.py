@@ -237,7 +237,7 @@ def _measured(bundle: Bundle, recipe: Recipe, dataset: data.Dataset, run: Path, 
     paper = bundle.manifest.detector.name == PaperDetector.name
     plan = Plan(
         bundle=bundle.path,
-        surrogate=None,
+        surrogates=(),
         # All images that the recipe keeps for it, not a sample, fit the heads.
         size=replace(SIZES[_SIZE], images=wanted.images, clean=wanted.images, fit=len(dataset.images)),
         attacks=wanted.attacks,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model_store.errors import TwogateError
+
+_SOFT = 0.25
+"""Defences whose scores are about that much apart both count, in units of the score."""
 
 
 class NeedsHeads(TwogateError):
@@ -63,3 +68,38 @@ class Target:
     """Images [N, 3, H, W] in [0, 1]; an image's values must not depend on its neighbours in the batch."""
     threshold: float
     """A score above it is flagged."""
+
+    @classmethod
+    def together(cls, targets: Sequence[Target]) -> Target:
+        """Several defences as one, for who lacks the weights of the real one: what fools all of his own carries over better
+        (Liu et al., ICLR 2017). Each must have the same heads' classes.
+
+        Logits, fused ones and confidences are averaged; features and embeddings stand side by side, each at unit length, so
+        that a distance is the mean of the distances. The score is the highest excess over a threshold, softened so that each
+        defence near it has a gradient; nothing is unflagged before all let it pass.
+        """
+        if len(targets) == 1:
+            return targets[0]
+
+        def see(images: Tensor) -> Seen:
+            every = [target.see(images) for target in targets]
+            excess = torch.stack([one.score - target.threshold for one, target in zip(every, targets, strict=True)])
+            return Seen(
+                embedding=_side_by_side([one.embedding for one in every]),
+                confidence=torch.stack([one.confidence for one in every]).mean(dim=0),
+                score=_SOFT * (excess / _SOFT).logsumexp(dim=0),
+                features={name: _side_by_side([one.features[name] for one in every]) for name in every[0].features},
+                logits=_mean([one.logits for one in every]),
+                fused=_mean([one.fused for one in every]),
+            )
+
+        return cls(see, 0.0)
+
+
+def _side_by_side(values: list[Tensor]) -> Tensor:
+    return torch.cat([F.normalize(value, dim=1) for value in values], dim=1)
+
+
+def _mean(values: list[Tensor | None]) -> Tensor | None:
+    there = [value for value in values if value is not None]
+    return torch.stack(there).mean(dim=0) if len(there) == len(values) else None

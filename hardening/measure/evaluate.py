@@ -39,7 +39,7 @@ def evaluate(
     tasks: Mapping[str, Path],
     out: Path,
     *,
-    surrogate: Path | None = None,
+    surrogates: Sequence[Path] = (),
     size: str = "small",
     attacks: Sequence[str] = oblivious.ATTACKS,
     adaptive: Sequence[str] = (),
@@ -73,12 +73,12 @@ def evaluate(
         crafting, training, measuring = [], [], []
         for place in bundles:
             bundle = load_bundle(place)
-            if surrogate is not None and place.resolve() == surrogate.resolve():
+            if place.resolve() in [surrogate.resolve() for surrogate in surrogates]:
                 raise EvaluationError("the surrogate of a grey-box attacker must be another bundle than the one attacked")
             origin = Origin(bundle.label, bundle.manifest.digest, size, shlex.join(command), provenance.commit())
             plan = Plan(
                 place,
-                surrogate,
+                tuple(surrogates),
                 SIZES[size],
                 tuple(attacks),
                 tuple(adaptive),

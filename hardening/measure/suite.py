@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from hardening.attacks.target import Target
 from hardening.branches import TRIPWIRE
 from hardening.encoders import features
 from hardening.graph import Graph
@@ -62,8 +63,8 @@ class Plan:
     """What to measure; all of it can be pickled."""
 
     bundle: Path
-    surrogate: Path | None
-    """Another run's bundle, as a grey-box attacker would train it; None leaves the grey box out."""
+    surrogates: tuple[Path, ...]
+    """Other runs' bundles, as a grey-box attacker would train them; without any there is no grey box."""
     size: Size
     attacks: tuple[str, ...]
     knowing: tuple[str, ...]
@@ -151,21 +152,22 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
     room.measure_baselines(cells)
     if not plan.knowing:
         return
-    room.attack_knowing("white box", _Known(graph, bundle.manifest, task))
-    if plan.surrogate is not None:
-        other = load_bundle(plan.surrogate)
-        theirs = Graph(other.model).to(plan.device)
-        # The attacker's own heads, on his own branches.
-        folder = plan.out / "data" / name
-        room.attack_knowing(
-            "grey box",
-            _Known(theirs, other.manifest, load_task(name, root, theirs, other.manifest, size, folder, plan.device, bars)),
-        )
+    room.attack_knowing("white box", [_Known(graph, bundle.manifest, task)])
+    if plan.surrogates:
+        known = []
+        for place in plan.surrogates:
+            other = load_bundle(place)
+            theirs = Graph(other.model).to(plan.device)
+            # The attacker's own heads, on his own branches.
+            folder = plan.out / "data" / name
+            heads = load_task(name, root, theirs, other.manifest, size, folder, plan.device, bars)
+            known.append(_Known(theirs, other.manifest, heads))
+        room.attack_knowing("grey box" if len(known) == 1 else f"grey box of {len(known)}", known)
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What an attacker aims at who knows the method: the bundle itself, or one that he made by it."""
+    """What an attacker aims at who knows the method: the bundle itself, or one of those that he made by it."""
 
     graph: Graph
     manifest: Manifest
@@ -300,8 +302,8 @@ class _Room:
             for metric, value in found.items()
         ]
 
-    def attack_knowing(self, box: str, known: _Known) -> None:
-        """The adaptive suite, aimed at `known`; measured on the bundle itself."""
+    def attack_knowing(self, box: str, known: list[_Known]) -> None:
+        """The adaptive suite, aimed at all of `known` together; measured on the bundle itself."""
         plan = self.plan
         cells = [(a, e, s) for a in plan.knowing for e in plan.epsilons for s in plan.seeds]
         with self.bars.task(f"{self.task.name}: {box}", len(cells)) as progress:
@@ -310,12 +312,12 @@ class _Room:
                 once(file, partial(self.knowing, box, known, attack, epsilon, seed))
                 progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
 
-    def knowing(self, box: str, known: _Known, attack: str, epsilon: float, seed: int) -> list[Record]:
+    def knowing(self, box: str, known: list[_Known], attack: str, epsilon: float, seed: int) -> list[Record]:
         """One attack of the adaptive suite, on the first images of the task."""
         few = slice(0, self.size.adaptive_images)
         attacked = attack_knowing(
             attack,
-            target_of(known.graph, known.task, known.manifest, attack),
+            Target.together([target_of(one.graph, one.task, one.manifest, attack) for one in known]),
             self.task.images[few],
             self.task.labels[few],
             epsilon=epsilon,

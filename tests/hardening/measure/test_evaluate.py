@@ -32,7 +32,7 @@ def out(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path_factory: pyt
         [toy_bundles[0]],
         {"patterns": task_folder},
         folder,
-        surrogate=toy_bundles[1],
+        surrogates=[toy_bundles[1]],
         size="smoke",
         attacks=("noise", "pgd", "uap"),
         adaptive=(HEAD_AWARE, "T5-selective", "T5-selective@mixture"),
@@ -187,7 +187,7 @@ def test_what_is_there_is_not_measured_again(
         [toy_bundles[0]],
         {"patterns": task_folder},
         out,
-        surrogate=toy_bundles[1],
+        surrogates=[toy_bundles[1]],
         size="smoke",
         attacks=("noise", "pgd", "uap"),
         adaptive=(HEAD_AWARE, "T5-selective", "T5-selective@mixture"),
@@ -239,6 +239,28 @@ def test_attacked_pictures_are_files_within_the_budget(
     assert victim is not None
 
 
+def test_a_grey_box_of_several_surrogates(
+    records: list[Record], toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
+) -> None:
+    twin = shutil.copytree(toy_bundles[1], tmp_path / toy_bundles[1].name)
+    evaluate(
+        [toy_bundles[0]],
+        {"patterns": task_folder},
+        tmp_path / "out",
+        surrogates=[toy_bundles[1], twin],
+        size="smoke",
+        attacks=(),
+        adaptive=(HEAD_AWARE,),
+        epsilons=(40.0,),
+        seeds=(0,),
+        bars=QuietBars(),
+    )
+    found = read(tmp_path / "out" / "records")
+    # Twice the same surrogate is that surrogate.
+    of_two = value(found, "robust_acc", GUARDED, f"grey box of 2 {HEAD_AWARE}", 40.0)
+    assert abs(of_two - value(records, "robust_acc", GUARDED, f"grey box {HEAD_AWARE}", 40.0)) <= 0.07
+
+
 def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:
     def run(**changed: object) -> None:
         evaluate([toy_bundles[0]], {"patterns": task_folder}, tmp_path, bars=QuietBars(), **changed)  # type: ignore[arg-type]
@@ -248,7 +270,7 @@ def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: P
     with pytest.raises(AttackError, match="pgd"):
         run(attacks=("pdg",))
     with pytest.raises(EvaluationError, match="another bundle"):
-        run(surrogate=toy_bundles[0], size="smoke")
+        run(surrogates=[toy_bundles[0]], size="smoke")
     with pytest.raises(EvaluationError, match="--task"):
         evaluate([toy_bundles[0]], {}, tmp_path, bars=QuietBars())
     with pytest.raises(EvaluationError, match="no records"):
