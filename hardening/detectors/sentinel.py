@@ -4,9 +4,10 @@ Consistency knows clean images alone, and sees what moves the tripwire. A univer
 picture does, but has the same pattern in every picture, and PGD leaves its own; a network that has seen such patterns knows
 them anywhere ("On detecting adversarial perturbations", Metzen et al., ICLR 2017). What that network has not seen, it may
 miss; consistency asks less. So each has a voice: the alarm of the network (`hardening.sentinel`) is evidence like any other,
-with its normal score and conformal p-value among the same honest images, and a share of the false alarms: a small one,
-because what it knows it calls out loudly, and what it takes for an attack by mistake (pictures made much lighter) it does
-not. Thresholds, as always, come from clean images alone.
+with its normal score and conformal p-value among the same honest images, and half of the false alarms. With less it would
+hardly speak, for among clean images, unchanged, it is much quieter than that p-value says; with more, pictures made much
+lighter, which it takes for attacked, are flagged too often (`docs/measure.md`, "What was tried"). Thresholds, as always, come
+from clean images alone.
 """
 
 from __future__ import annotations
@@ -25,5 +26,5 @@ class SentinelDetector(ConsistencyDetector):
     description = f"{ConsistencyDetector.description}, of a network that was trained to see perturbations, too"
     views = (*ConsistencyDetector.views, SENTINEL)
     branches = (*BRANCHES, TRIPWIRE, SENTINEL)
-    shares: ClassVar[Mapping[str, float]] = {TRIPWIRE: 0.8, SENTINEL: 0.1, BMP: 0.1}
+    shares: ClassVar[Mapping[str, float]] = {TRIPWIRE: 0.4, SENTINEL: 0.5, BMP: 0.1}
     plain: ClassVar[Mapping[str, tuple[str, ...]]] = {**ConsistencyDetector.plain, SENTINEL: (ALARM,)}
