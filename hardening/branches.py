@@ -107,8 +107,9 @@ def guarded_vote(logits: Tensor, confidence: Tensor) -> Tensor:
     """The fusion that is served: logits [N, B, C], each branch's p-value [N, B] -> log-odds [N, C] that add up the votes.
 
     A branch votes with log(probability + VOTE_FLOOR / C), so that what it says against a class has a bound: where votes are
-    logits weighted by certainty (ZePAD's RFDM), whoever breaks one branch thoroughly overrules the others. And it loses its
-    vote as its own evidence speaks against it: below GUARD_FLOOR it is multiplied by p / GUARD_FLOOR.
+    logits weighted by certainty (ZePAD's RFDM), whoever breaks one branch thoroughly overrules the others. And it loses up
+    to half of its vote as its own evidence speaks against it: below GUARD_FLOOR it is multiplied by p / GUARD_FLOOR, but by
+    no less than GUARD_LEAST.
     """
     trust = (confidence / GUARD_FLOOR).clamp(GUARD_LEAST, 1)
     votes = (logits.softmax(dim=-1) + VOTE_FLOOR / logits.shape[-1]).log()

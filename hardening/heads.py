@@ -40,8 +40,9 @@ Fusion = Literal["guarded", "rfdm"]
 RFDM_K = 3.0
 VOTE_FLOOR = 0.3
 """Times chance, added to every probability in a vote: no branch can speak against a class by more than its logarithm."""
-GUARD_FLOOR, GUARD_LEAST = 0.03, 1e-6
-"""Below this p-value a branch loses its vote, down to this share of it."""
+GUARD_FLOOR, GUARD_LEAST = 0.03, 0.5
+"""Below this p-value a branch's vote shrinks, down to this share. A bounded vote shouts nobody down, so half of it is enough
+to take: what makes a hardened branch look strange seldom makes it wrong."""
 _TOWARDS_1 = 0.01
 _STEPS = 300
 VALIDATION_SHARE = 0.15

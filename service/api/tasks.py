@@ -35,7 +35,7 @@ _PARAMETER = {
 async def classify(request: Request) -> Response:
     """For every image the probability of each class of a task, and a verdict: is it an adversarial example?
 
-    The branches vote; in a guarded head, one that its own evidence speaks against loses its vote. Ask for
+    The branches vote; in a guarded head, one that its own evidence speaks against loses half of its vote. Ask for
     `on_flag=reject` to get no class for a suspicious image.
     """
     name = request.path_params["task"]

@@ -49,14 +49,14 @@ def test_no_branch_overrules_two_that_agree() -> None:
     assert guarded_vote(logits[:, 2:], torch.ones(1, 1)).amin().item() == pytest.approx(math.log(VOTE_FLOOR / 3))
 
 
-def test_the_guard_takes_the_vote_from_a_branch_that_was_broken() -> None:
+def test_the_guard_takes_half_of_the_vote_from_a_branch_that_was_broken() -> None:
     logits = torch.tensor([[[1.0, 0], [1, 0], [0, 9]]])
     votes = (logits.softmax(2) + VOTE_FLOOR / 2).log()[0]
     whole = torch.tensor([[0.5, 0.03, 1.0]])
     assert torch.allclose(guarded_vote(logits, whole)[0], votes.sum(0))
-    assert torch.allclose(guarded_vote(logits, torch.tensor([[1, 1, 0.003]]))[0], votes[0] + votes[1] + 0.1 * votes[2])
-    silenced = guarded_vote(logits, torch.tensor([[1.0, 1, 0]]))[0]
-    assert torch.allclose(silenced, votes[0] + votes[1], atol=1e-4)
+    assert torch.allclose(guarded_vote(logits, torch.tensor([[1, 1, 0.024]]))[0], votes[0] + votes[1] + 0.8 * votes[2])
+    halved = guarded_vote(logits, torch.tensor([[1.0, 1, 0]]))[0]
+    assert torch.allclose(halved, votes[0] + votes[1] + 0.5 * votes[2], atol=1e-4)
     # All three broken: what is left of their voices still names the likeliest class.
     assert guarded_vote(logits, torch.zeros(1, 3)).argmax() == votes.sum(0).argmax()
 

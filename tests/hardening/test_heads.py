@@ -37,7 +37,7 @@ def by_the_formulas(
     if fusion == "guarded":
         names = [branch.name for branch in manifest.branches]
         trust = np.stack([confidence[:, names.index(h.branch)] for h in heads], axis=1)
-        weights = np.clip(trust.astype(np.float64) / 0.03, 1e-6, 1)
+        weights = np.clip(trust.astype(np.float64) / 0.03, 0.5, 1)
         votes = np.log(softmax(logits * np.array([h.scale for h in heads])[:, None]) + VOTE_FLOOR / logits.shape[2])
     else:
         m = softmax(logits).max(axis=2)
@@ -123,15 +123,21 @@ def test_a_tripwire_that_is_part_of_the_embedding_has_no_vote(tiny: Path) -> Non
     assert [(head.branch, head.start) for head in heads] == [("victim", 0), ("clean", 16)]
 
 
-def test_a_guarded_head_takes_the_vote_from_a_branch_that_is_not_trusted(tiny: Path) -> None:
+def test_a_guarded_head_takes_half_of_the_vote_from_a_branch_that_is_not_trusted(tiny: Path) -> None:
     manifest = load_bundle(tiny).manifest
     heads = drawn_heads()
     session = ort.InferenceSession(head_graph(manifest, heads, "guarded"), providers=["CPUExecutionProvider"])
     embedding, confidence = some(100)
-    confidence[:] = (0, 1, 1, 1)
-    (without,) = session.run(None, {"embedding": embedding, "confidence": confidence})
-    pair = by_the_formulas(manifest, heads[1:], embedding, confidence, "guarded")
-    np.testing.assert_allclose(without, pair, atol=1e-3)
+
+    def log_odds(*trust: float) -> NDArray[np.float64]:
+        confidence[:] = trust
+        (found,) = session.run(None, {"embedding": embedding, "confidence": confidence})
+        logs = np.log(found.astype(np.float64))
+        return np.asarray(logs - logs.mean(axis=1, keepdims=True))
+
+    pair = np.log(by_the_formulas(manifest, heads[1:], embedding, np.ones_like(confidence), "guarded"))
+    pair -= pair.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(log_odds(0, 1, 1, 1), (log_odds(1, 1, 1, 1) + pair) / 2, atol=1e-3)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
