@@ -110,7 +110,7 @@ def test_the_guard_reads_each_branchs_own_confidence() -> None:
 def plan(place: Path, out: Path, **changed: object) -> Plan:
     given = {
         "bundle": place,
-        "surrogate": None,
+        "surrogates": (),
         "size": SIZES["smoke"],
         "attacks": ("noise", "pgd", "uap"),
         "knowing": (),
