@@ -68,6 +68,8 @@ def evaluate(
     oblivious.check_names(tuple(attacks))
     knowing.check_names(tuple(adaptive))
     others.check_names(tuple(baselines))
+    if len({tuple(branch.name for branch in load_bundle(place).manifest.branches) for place in surrogates}) > 1:
+        raise EvaluationError("surrogates that are attacked together must be of one recipe: these have other branches")
     prepare_process()
     with bars or Bars() as shown:
         crafting, training, measuring = [], [], []

@@ -22,6 +22,7 @@ from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED, load_task
 from hardening.recipe import RecipeError
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
+from tests.conftest import REPOSITORY
 from tests.hardening.conftest import QuietBars
 
 
@@ -271,6 +272,8 @@ def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: P
         run(attacks=("pdg",))
     with pytest.raises(EvaluationError, match="another bundle"):
         run(surrogates=[toy_bundles[0]], size="smoke")
+    with pytest.raises(EvaluationError, match="of one recipe"):
+        run(surrogates=[toy_bundles[1], REPOSITORY / "model_store" / "bundles" / "photos" / "1"], size="smoke")
     with pytest.raises(EvaluationError, match="--task"):
         evaluate([toy_bundles[0]], {}, tmp_path, bars=QuietBars())
     with pytest.raises(EvaluationError, match="no records"):
