@@ -15,7 +15,7 @@ hide from it. In their paper the network reads the classifier's feature maps; he
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hardening.attacks.features import apply_universal, pgd_features, to_uint8, uap_features
-from hardening.attacks.pgd import pgd
 from hardening.branches import SENTINEL, TRIPWIRE
 from hardening.encoders import Encoder, as_input
 from hardening.files import load_tensors, save_tensors
@@ -47,8 +46,13 @@ _UNIVERSAL_SHARE, _PATCH_SHARE = 0.3, 0.1
 """Of the attacked images of a batch; the others are PGD's."""
 _STATIC = 0.25
 """Share of the epochs before dynamic attacks hide: from a network that knows nothing yet, there is nothing to hide."""
-_HIDING_SHARE, _HIDING_WEIGHTS = 0.6, (-2.5, -0.5)
-"""Of dynamic attacks, those that hide, and how much it counts, as powers of ten."""
+_OBLIVIOUS_SHARE = 0.3
+"""Of dynamic attacks, those on the tripwire alone."""
+_HIDING_SHARE, _LOUDNESS = 0.75, (0.3, 1.0)
+"""Of the other ones, those that hide, and behind which quantile of the sentinel's logits of the batch before the attack."""
+_STEPS = (5, 11)
+_NEAR = 0.05
+"""Dynamic attacks start between that share and all of epsilon away: random noise is not to be what betrays them."""
 _STORED_SHARE = 0.2
 """Of the attacked images, those that are honestly changed afterwards, as a file's way through an app does."""
 _CHANGED_SHARE, _NOISE_SHARE = 0.7, 0.15
@@ -136,12 +140,14 @@ def train_sentinel(
             ones, zeros = rng.permutation(len(images)), rng.permutation(len(images))
             losses, right = [], []
             for start in range(0, per_epoch * size, size):
+                place = _placement(images, rng)
                 bad, rows = _perturbed(images, made, ones[start : start + size], rng)
                 if recipe.dynamic:
                     hiding = _HIDING_SHARE if number >= _STATIC * recipe.epochs else 0.0
-                    bad[rows] = _pgd_now(encoder, hiding, watched, images[ones[start + rows]], rng, generator, device)
+                    theirs = images[ones[start + rows]]
+                    bad[rows] = _pgd_now(encoder, hiding, watched, place, theirs, rng, generator, device)
                 good = _unattacked(images[zeros[start : start + size]], rng)
-                x = as_input(_augmented(np.concatenate([bad, good]), rng), device)
+                x = place(as_input(_lit(np.concatenate([bad, good]), rng), device))
                 y = (torch.arange(len(x), device=device) < len(bad)).float()
                 logits = encoder(x)[:, 0]
                 loss = F.binary_cross_entropy_with_logits(logits, y)
@@ -274,27 +280,43 @@ def _pgd_now(
     sentinel: Encoder,
     hiding: float,
     watched: Mapping[str, Encoder],
+    place: Callable[[Tensor], Tensor],
     images: NDArray[np.uint8],
     rng: np.random.Generator,
     generator: torch.Generator,
     device: str,
 ) -> NDArray[np.uint8]:
-    """Images [n, H, W, 3] after PGD on the features of one encoder, a share `hiding` of them with an eye on the sentinel."""
-    names = list(watched)
-    encoder = watched[TRIPWIRE if rng.random() < 0.5 else names[int(rng.integers(len(names)))]]
-    epsilon, steps = rng.uniform(WEAKEST, STRONGEST) / 255, int(rng.integers(3, _PGD_STEPS + 1))
-    drawn = np.where(rng.random(len(images)) < hiding, 10 ** rng.uniform(*_HIDING_WEIGHTS, len(images)), 0)
-    weight, x = torch.as_tensor(drawn, dtype=torch.float32, device=device), as_input(images, device)
-    with torch.no_grad():
-        clean = encoder(x)
-
-    def loss(z: Tensor) -> Tensor:
-        moved = 1 - F.cosine_similarity(encoder(z), clean)
-        quiet: Tensor = moved - weight * sentinel(z)[:, 0]
-        return quiet
-
+    """Images [n, H, W, 3] after PGD on features: all of a batch on the tripwire, blind to the sentinel, as by somebody who
+    knows the public victim alone; or each step on another branch, with a share `hiding` that keeps an eye on the sentinel, as
+    it sees them after `place`.
+    """
+    x, count = as_input(images, device), len(images)
+    branches = [name for name in watched if name != TRIPWIRE]
+    knowing = rng.random() >= _OBLIVIOUS_SHARE
+    hides = torch.as_tensor(knowing & (rng.random(count) < hiding), device=device)
+    steps = int(rng.integers(*_STEPS))
+    damage_first = torch.as_tensor(rng.integers(0, steps // 2 + 1, count), device=device)
+    epsilon = torch.as_tensor(rng.uniform(WEAKEST, STRONGEST, (count, 1, 1, 1)) / 255, dtype=torch.float32, device=device)
+    spread = torch.as_tensor(rng.uniform(_NEAR, 1, (count, 1, 1, 1)), dtype=torch.float32, device=device)
     sentinel.eval()
-    attacked = pgd(x, loss, epsilon=epsilon, steps=steps, step_size=2.5 * epsilon / steps, generator=generator)
+    with torch.no_grad():
+        clean = {name: watched[name](x) for name in (branches if knowing else [TRIPWIRE])}
+        # How loud it is among the images that it should let pass: an attacker has to be no louder.
+        quantiles = torch.as_tensor(rng.uniform(*_LOUDNESS, count), dtype=torch.float32, device=device)
+        allowed = torch.quantile(sentinel(place(x))[:, 0], quantiles)
+    noise = torch.rand(x.shape, generator=generator).to(device) * 2 - 1
+    attacked = (x + epsilon * spread * noise).clamp(0, 1)
+    for step in range(steps):
+        attacked.requires_grad_()
+        name = branches[int(rng.integers(len(branches)))] if knowing else TRIPWIRE
+        value = 1 - F.cosine_similarity(watched[name](attacked), clean[name])
+        if hides.any():
+            logit = sentinel(place(attacked))[:, 0]
+            value = torch.where(hides & (step >= damage_first) & (logit > allowed), -logit, value)
+        (gradient,) = torch.autograd.grad(value.sum(), attacked)
+        size = epsilon * 4 / steps * (1 - step / steps)
+        stepped = attacked.detach() + size * gradient.sign()
+        attacked = torch.minimum(torch.maximum(stepped, x - epsilon), x + epsilon).clamp(0, 1)
     sentinel.train()
     return to_uint8(attacked)
 
@@ -319,16 +341,24 @@ def _changed(images: NDArray[np.uint8], share: float, rng: np.random.Generator) 
     return result
 
 
-def _augmented(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """All of them mirrored or not, and shifted alike: a universal perturbation is not to be known by its place. Some lighter
-    or darker, attacked or not: what is cut off at white is no attack."""
-    if rng.random() < 0.5:
-        images = images[:, :, ::-1]
+def _placement(images: NDArray[np.uint8], rng: np.random.Generator) -> Callable[[Tensor], Tensor]:
+    """What all images [n, 3, H, W] of a batch go through, attacked or not: mirrored or not, and shifted alike. A universal
+    perturbation is not to be known by its place."""
     height, width = images.shape[1:3]
     down, right = (math.ceil(side * _SHIFT) for side in (height, width))
-    moved = np.pad(images, ((0, 0), (down, down), (right, right), (0, 0)), mode="reflect")
-    top, left = rng.integers(0, 2 * down + 1), rng.integers(0, 2 * right + 1)
-    result = np.ascontiguousarray(moved[:, top : top + height, left : left + width])
+    mirrored = rng.random() < 0.5
+    top, left = int(rng.integers(0, 2 * down + 1)), int(rng.integers(0, 2 * right + 1))
+
+    def place(x: Tensor) -> Tensor:
+        moved = F.pad(x.flip(3) if mirrored else x, (right, right, down, down), mode="reflect")
+        return moved[:, :, top : top + height, left : left + width]
+
+    return place
+
+
+def _lit(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Some lighter or darker, attacked or not: what is cut off at white is no attack."""
+    result = np.array(images)
     for row in np.flatnonzero(rng.random(len(result)) < _LIT_SHARE):
         result[row] = np.clip(np.rint(result[row] * rng.uniform(*_LIGHT)), 0, 255)
     return result

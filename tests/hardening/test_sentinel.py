@@ -16,7 +16,7 @@ from hardening.data import Dataset
 from hardening.encoders import Encoder, features
 from hardening.export import check_parity, export
 from hardening.recipe import Sentinel
-from hardening.sentinel import _Made, _perturbed, train_sentinel
+from hardening.sentinel import STRONGEST, _Made, _pgd_now, _perturbed, train_sentinel
 from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
 from tests.support.patterns import trained_encoder
 
@@ -94,3 +94,33 @@ def test_what_is_called_attacked_is_attacked() -> None:
     assert 80 < len(waiting) < 160
     others = np.setdiff1d(chosen, waiting)
     assert (found[others] != images[others]).any(axis=(1, 2, 3)).all()
+
+
+def test_an_attack_that_hides_is_quieter_and_still_moves_the_branches(
+    sentinel: Encoder, toy_encoder: Encoder, toy_dataset: Dataset
+) -> None:
+    images, _ = toy_dataset.take("test")
+    encoders, seen = watched(toy_encoder), copy.deepcopy(sentinel)
+
+    def attacked(hiding: float) -> list[NDArray[np.uint8]]:
+        generator = torch.Generator().manual_seed(0)
+        return [
+            _pgd_now(seen, hiding, encoders, lambda x: x, images, np.random.default_rng(seed), generator, "cpu")
+            for seed in range(6)  # blind ones on the tripwire are among them
+        ]
+
+    def loudness(found: list[NDArray[np.uint8]]) -> float:
+        return float(np.mean([features(sentinel, one).mean() for one in found]))
+
+    blind, hidden = attacked(0), attacked(1)
+    for one in hidden:
+        moved = np.abs(one.astype(int) - images)
+        assert moved.max() <= STRONGEST
+        assert (moved.reshape(len(images), -1).max(axis=1) > 0).all()
+    assert loudness(hidden) < loudness(blind)
+    noise = np.random.default_rng(0).choice([-6, 6], images.shape)
+    noisy = np.clip(images + noise, 0, 255).astype(np.uint8)
+    for name in (*MPAE, BMP):
+        clean = features(encoders[name], images)
+        shifts = [1 - torch.cosine_similarity(features(encoders[name], one), clean).mean() for one in (*hidden, noisy)]
+        assert sum(shifts[:-1]) / len(hidden) > 2 * shifts[-1], name
