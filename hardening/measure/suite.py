@@ -47,7 +47,6 @@ from hardening.progress import Bars
 from hardening.recipe import RecipeError
 from model_store.bundle import Bundle, load_bundle
 from model_store.calibration import Calibration
-from model_store.manifest import Manifest
 
 BUDGETS = (0.001, 0.01, 0.05)
 RETURNED = "returned embedding"
@@ -152,7 +151,7 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
     room.measure_baselines(cells)
     if not plan.knowing:
         return
-    room.attack_knowing("white box", [_Known(graph, bundle.manifest, task)])
+    room.attack_knowing("white box", [_Known(graph, bundle, task)])
     if plan.surrogates:
         known = []
         for place in plan.surrogates:
@@ -161,7 +160,7 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
             # The attacker's own heads, on his own branches.
             folder = plan.out / "data" / name
             heads = load_task(name, root, theirs, other.manifest, size, folder, plan.device, bars)
-            known.append(_Known(theirs, other.manifest, heads))
+            known.append(_Known(theirs, other, heads))
         room.attack_knowing("grey box" if len(known) == 1 else f"grey box of {len(known)}", known)
 
 
@@ -170,7 +169,7 @@ class _Known:
     """What an attacker aims at who knows the method: the bundle itself, or one of those that he made by it."""
 
     graph: Graph
-    manifest: Manifest
+    bundle: Bundle
     task: Task
 
 
@@ -306,9 +305,11 @@ class _Room:
         """The adaptive suite, aimed at all of `known` together; measured on the bundle itself."""
         plan = self.plan
         cells = [(a, e, s) for a in plan.knowing for e in plan.epsilons for s in plan.seeds]
+        # Another surrogate's numbers are others; the report shows their mean and spread.
+        cell = " ".join((box, *(one.bundle.manifest.digest[:8] for one in known if one.bundle is not self.bundle)))
         with self.bars.task(f"{self.task.name}: {box}", len(cells)) as progress:
             for attack, epsilon, seed in cells:
-                file = self.file(f"{box} {attack}", epsilon, seed)
+                file = self.file(f"{cell} {attack}", epsilon, seed)
                 once(file, partial(self.knowing, box, known, attack, epsilon, seed))
                 progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
 
@@ -317,7 +318,7 @@ class _Room:
         few = slice(0, self.size.adaptive_images)
         attacked = attack_knowing(
             attack,
-            Target.together([target_of(one.graph, one.task, one.manifest, attack) for one in known]),
+            Target.together([target_of(one.graph, one.task, one.bundle.manifest, attack) for one in known]),
             self.task.images[few],
             self.task.labels[few],
             epsilon=epsilon,

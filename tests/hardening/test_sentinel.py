@@ -16,7 +16,7 @@ from hardening.data import Dataset
 from hardening.encoders import Encoder, features
 from hardening.export import check_parity, export
 from hardening.recipe import Sentinel
-from hardening.sentinel import STRONGEST, _Made, _pgd_now, _perturbed, train_sentinel
+from hardening.sentinel import STRONGEST, _Made, _perturbed, _pgd_now, train_sentinel
 from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
 from tests.support.patterns import trained_encoder
 

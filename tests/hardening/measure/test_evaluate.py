@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED, load_task
 from hardening.recipe import RecipeError
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
+from model_store.manifest import MODEL_FILE
+from model_store.store import publishing
 from tests.conftest import REPOSITORY
 from tests.hardening.conftest import QuietBars
 
@@ -240,26 +243,39 @@ def test_attacked_pictures_are_files_within_the_budget(
     assert victim is not None
 
 
-def test_a_grey_box_of_several_surrogates(
+def test_grey_boxes_of_other_and_of_several_surrogates(
     records: list[Record], toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
 ) -> None:
-    twin = shutil.copytree(toy_bundles[1], tmp_path / toy_bundles[1].name)
-    evaluate(
-        [toy_bundles[0]],
-        {"patterns": task_folder},
-        tmp_path / "out",
-        surrogates=[toy_bundles[1], twin],
-        size="smoke",
-        attacks=(),
-        adaptive=(HEAD_AWARE,),
-        epsilons=(40.0,),
-        seeds=(0,),
-        bars=QuietBars(),
-    )
-    found = read(tmp_path / "out" / "records")
+    twin = load_bundle(toy_bundles[1])
+    with publishing(tmp_path, twin.manifest.name) as publication:
+        (publication.path / MODEL_FILE).write_bytes(twin.model)
+        publication.seal(twin.manifest.model_copy(update={"created": datetime.now(UTC).replace(microsecond=0)}))
+
+    def success(*surrogates: Path) -> list[float]:
+        evaluate(
+            [toy_bundles[0]],
+            {"patterns": task_folder},
+            tmp_path / "out",
+            surrogates=surrogates,
+            size="smoke",
+            attacks=(),
+            adaptive=(HEAD_AWARE,),
+            epsilons=(40.0,),
+            seeds=(0,),
+            bars=QuietBars(),
+        )
+        name = f"grey box {HEAD_AWARE}" if len(surrogates) == 1 else f"grey box of 2 {HEAD_AWARE}"
+        found = read(tmp_path / "out" / "records")
+        return [r.value for r in found if (r.metric, r.subject, r.attack) == ("robust_acc", GUARDED, name)]  # type: ignore[misc]
+
+    of_one = value(records, "robust_acc", GUARDED, f"grey box {HEAD_AWARE}", 40.0)
+    another = next(tmp_path.glob(f"{twin.manifest.name}/*"))
     # Twice the same surrogate is that surrogate.
-    of_two = value(found, "robust_acc", GUARDED, f"grey box of 2 {HEAD_AWARE}", 40.0)
-    assert abs(of_two - value(records, "robust_acc", GUARDED, f"grey box {HEAD_AWARE}", 40.0)) <= 0.07
+    (of_two,) = success(toy_bundles[1], another)
+    assert abs(of_two - of_one) <= 0.07
+    # Another one into the same folder is not taken for the first.
+    assert success(toy_bundles[1]) == [pytest.approx(of_one)]
+    assert success(another) == [pytest.approx(of_one)] * 2
 
 
 def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:
