@@ -10,8 +10,8 @@ With `dynamic`, PGD is made anew for each batch, against the network itself too 
 training"), and as Selective PGD does it (Bryniarski et al. 2021): a step moves the features of one branch, drawn anew for
 each step, so that a few steps are an attack on all of them; or, where the network is louder than it is about most pictures
 before the attack, lowers its logit. Some start next to the picture: from all over the ball there is noise in it, and a
-network that learns that noise misses who starts near. It costs an attack an image and epoch. Who attacks through a sentinel of
-his own is then seen by another one, which has learned what it looks like when pictures hide from it. In their paper the
+network that learns that noise misses who starts near. It costs an attack an image and epoch. Who attacks through a sentinel
+of his own is then seen by another one, which has learned what it looks like when pictures hide from it. In their paper the
 network reads the classifier's feature maps; here it stands apart, from random weights.
 """
 
