@@ -7,7 +7,7 @@ the evidence too, by cross-fitting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from hardening.branches import BMP, BRANCHES, MPAE, SENTINEL, TRIPWIRE, train_he
 from hardening.compact import round_weights
 from hardening.data import Dataset
 from hardening.detectors import ConsistencyDetector, Detector, PaperDetector, SentinelDetector
+from hardening.detectors.sentinel import SHARE
 from hardening.encoders import Encoder, as_input, fold_batch_norm, merge_gains
 from hardening.gate import EMBEDDED, Gate, Views
 from hardening.honest import changed_at_random
@@ -31,9 +32,9 @@ from model_store.calibration import Calibration
 _BATCH = 16
 _FOLDS = 5
 
-
-_DETECTORS = {"consistency": ConsistencyDetector, "sentinel": SentinelDetector}
+_FITTED = {"consistency": ConsistencyDetector, "sentinel": SentinelDetector}
 """Those that are fitted on honestly changed images."""
+_Fit = Callable[[Mapping[str, Tensor]], ConsistencyDetector]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def assemble(
     return Views(encoders, *sample.shape[1:3]).requires_grad_(False).eval()
 
 
-def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: Bars) -> Calibrated:
+def calibrate(
+    views: Views, dataset: Dataset, detector: str, device: str, bars: Bars, *, sentinel_share: float = SHARE
+) -> Calibrated:
     """Fit the detector on `fit`, each image after an honest change, then the score's table on `calibration`, unchanged.
 
     A folder calibration/ says what the gate will see, so the detector is fitted on it too: evidence that only
@@ -76,15 +79,16 @@ def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: 
     clean, _ = dataset.take("calibration")
     own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
     score: NDArray[np.float32] | None = None
-    if detector in _DETECTORS:
-        kind = _DETECTORS[detector]
+    if detector in _FITTED:
+        kind = _FITTED[detector]
+        fit: _Fit = partial(SentinelDetector.fit, share=sentinel_share) if kind is SentinelDetector else kind.fit
         read = partial(collect, views, wanted=kind.views, device=device, bars=bars)
         known = read(changed_at_random(images, 0), what="features for the detector")
         if own:
             theirs = read(clean, what="features of calibration/")
             changed = read(changed_at_random(clean, 1), what="features of calibration/, changed")
-            known, score = _together(known, changed), _scores_by_others(kind, known, theirs, changed, bars)
-        fitted: Detector = kind.fit(known)
+            known, score = _together(known, changed), _scores_by_others(fit, known, theirs, changed, bars)
+        fitted: Detector = fit(known)
     elif dataset.labelled:
         fitted = PaperDetector({name: train_head(values[name], labels) for name in BRANCHES})
     else:
@@ -103,18 +107,18 @@ def _together(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict
 
 
 def _scores_by_others(
-    kind: type[ConsistencyDetector],
-    fit: Mapping[str, Tensor],
+    fit: _Fit,
+    known: Mapping[str, Tensor],
     clean: Mapping[str, Tensor],
     changed: Mapping[str, Tensor],
     bars: Bars,
 ) -> NDArray[np.float32]:
-    """Scores [N] of clean features by view, each from a detector that was fitted on `fit` and the other folds, changed."""
+    """Scores [N] of clean features by view, each from a detector that was fitted on `known` and the other folds, changed."""
     count = len(next(iter(clean.values())))
     score = np.zeros(count, np.float32)
     with bars.task("calibrate the score", count) as task:
         for rest, held in KFold(_FOLDS, shuffle=True, random_state=0).split(score):
-            detector = kind.fit(_together(fit, {view: found[rest] for view, found in changed.items()}))
+            detector = fit(_together(known, {view: found[rest] for view, found in changed.items()}))
             score[held] = detector({view: found[held] for view, found in clean.items()})[1].numpy()
             task.advance(len(held))
     return score

@@ -91,7 +91,7 @@ class ConsistencyDetector(Detector):
         *(TRIPWIRE + part + how for part in ("", EARLY) for how in (MOVE, MIRROR)),
     )
     branches: tuple[str, ...] = (*BRANCHES, TRIPWIRE)
-    shares: ClassVar[Mapping[str, float]] = {TRIPWIRE: 0.9, BMP: 0.1}
+    shares: Mapping[str, float] = {TRIPWIRE: 0.9, BMP: 0.1}
     """Of the false alarms, by branch."""
     plain: ClassVar[Mapping[str, tuple[str, ...]]] = {
         TRIPWIRE: ("blur shift", "zoom shift", "whitened blur shift", "whitened residual"),

@@ -4,19 +4,25 @@ Consistency knows clean images alone, and sees what moves the tripwire. A univer
 picture does, but has the same pattern in every picture, and PGD leaves its own; a network that has seen such patterns knows
 them anywhere ("On detecting adversarial perturbations", Metzen et al., ICLR 2017). What that network has not seen, it may
 miss; consistency asks less. So each has a voice: the alarm of the network (`hardening.sentinel`) is evidence like any other,
-with its normal score and conformal p-value among the same honest images, and half of the false alarms. With less it would
-hardly speak, for among clean images, unchanged, it is much quieter than that p-value says; with more, pictures made much
-lighter, which it takes for attacked, are flagged too often (`docs/measure.md`, "What was tried"). Thresholds, as always, come
+with its normal score and conformal p-value among the same honest images, and its share of the false alarms, half as a rule.
+With less it would hardly speak, for among clean images, unchanged, it is much quieter than that p-value says; with more,
+pictures made much lighter or under noise, which it takes for attacked, are flagged too often (`docs/measure.md`, "What was
+tried"). Thresholds, as always, come
 from clean images alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from hardening.branches import BMP, BRANCHES, SENTINEL, TRIPWIRE
+from torch import Tensor
+
+from hardening.branches import BRANCHES, SENTINEL, TRIPWIRE
 from hardening.detectors.consistency import ALARM, ConsistencyDetector
+
+SHARE = 0.5
+"""Of the false alarms."""
 
 
 class SentinelDetector(ConsistencyDetector):
@@ -26,5 +32,11 @@ class SentinelDetector(ConsistencyDetector):
     description = f"{ConsistencyDetector.description}, of a network that was trained to see perturbations, too"
     views = (*ConsistencyDetector.views, SENTINEL)
     branches = (*BRANCHES, TRIPWIRE, SENTINEL)
-    shares: ClassVar[Mapping[str, float]] = {TRIPWIRE: 0.4, SENTINEL: 0.5, BMP: 0.1}
     plain: ClassVar[Mapping[str, tuple[str, ...]]] = {**ConsistencyDetector.plain, SENTINEL: (ALARM,)}
+
+    @classmethod
+    def fit(cls, features: Mapping[str, Tensor], share: float = SHARE) -> Self:
+        """See ConsistencyDetector; `share` of the false alarms are the sentinel's, and the tripwire's are that many fewer."""
+        detector = super().fit(features)
+        detector.shares = {**detector.shares, SENTINEL: share, TRIPWIRE: detector.shares[TRIPWIRE] - share}
+        return detector
