@@ -7,8 +7,7 @@ miss; consistency asks less. So each has a voice: the alarm of the network (`har
 with its normal score and conformal p-value among the same honest images, and its share of the false alarms, half as a rule.
 With less it would hardly speak, for among clean images, unchanged, it is much quieter than that p-value says; with more,
 pictures made much lighter or under noise, which it takes for attacked, are flagged too often (`docs/measure.md`, "What was
-tried"). Thresholds, as always, come
-from clean images alone.
+tried"). Thresholds, as always, come from clean images alone.
 """
 
 from __future__ import annotations

@@ -60,3 +60,9 @@ def test_each_voice_has_its_share_of_the_false_alarms(own: float) -> None:
     ]
     assert torch.allclose(detector(found)[1], torch.stack(voices, dim=1).amax(dim=1))
     assert detector.parameters_for_people()["scored"] == pytest.approx({TRIPWIRE: 0.9 - own, SENTINEL: own, BMP: 0.1})
+
+
+def test_the_others_say_what_they_say_without_it(detector: SentinelDetector) -> None:
+    alone = ConsistencyDetector.fit(clean_features(1000, 1))
+    confidence, _ = alone(clean_features(200, 5))
+    assert torch.allclose(detector(features(200, 5))[0][:, :4], confidence, atol=1e-5)
