@@ -32,7 +32,11 @@ def evaluate(
         str, typer.Option(help="Made on the public victim; comma-separated, `none` for none.", show_default="all of them")
     ] = "all",
     adaptive: Annotated[
-        str, typer.Option(help="Of the adaptive suite, by attackers who know the method; comma-separated, or `all`.")
+        str,
+        typer.Option(
+            help="Of the adaptive suite, by attackers who know the method; comma-separated, or `all`. A number behind a name "
+            "is its steps: `T5-selective@200`."
+        ),
     ] = "none",
     convergence: Annotated[
         bool, typer.Option("--convergence", help="Also make each attack with an eighth, a quarter and half of its steps.")

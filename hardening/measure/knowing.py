@@ -7,6 +7,7 @@ got, heads of his own included (T8); what he finds is measured on the real bundl
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ MIXTURE = "@mixture"
 served. No branch outshouts the others there, so all must be broken, and what breaks them may carry over better."""
 _MIXED = tuple(f"{name}{MIXTURE}" for name in (HEAD_AWARE, "T4", "T5-selective"))
 KNOWING = (*_RUNS, *_MIXED)
+_STEPS = re.compile(r"@(\d+)$")
+"""Behind that: as many steps as are tried, in place of the size's: `T5-selective@200`."""
 _BATCH = 50
 _BYTES_PER_PIXEL = 20_000
 """Of all images of a batch together: what the whole defence takes with its gradients."""
@@ -45,9 +48,18 @@ _BYTES = 3_000_000_000
 
 def check_names(names: tuple[str, ...]) -> None:
     """TwogateError where a name is not in the suite."""
-    unknown = [name for name in names if name not in KNOWING]
+    unknown = [name for name in names if _split(name, 1)[0] not in KNOWING or _split(name, 1)[1] < 1]
     if unknown:
-        raise TwogateError(f"there is no adaptive attack {unknown[0]!r}; there are {', '.join(KNOWING)}")
+        raise TwogateError(
+            f"there is no adaptive attack {unknown[0]!r}; there are {', '.join(KNOWING)}, and each with a number of steps, "
+            f"as in {HEAD_AWARE}@200"
+        )
+
+
+def _split(name: str, usual: int) -> tuple[str, int]:
+    """An attack's name without its number of steps, and that number; `usual` where it has none."""
+    found = _STEPS.search(name)
+    return (name[: found.start()], int(found[1])) if found else (name, usual)
 
 
 def threshold(calibration: Calibration, budget: float) -> float:
@@ -62,6 +74,7 @@ def target_of(graph: Graph, task: Task, manifest: Manifest, attack: str) -> Targ
 
     One that ignores the flag gets no numbers for it and for the features, which saves the undefended victim's passes.
     """
+    attack = _split(attack, 1)[0]
     mixture, blind = attack.endswith(MIXTURE), attack.removesuffix(MIXTURE) in _THROUGH_HEADS
     by_branch = {} if blind else graph.feature_names
     wanted = (*by_branch.values(), "embedding", "confidence", *(() if blind else ("score",)))
@@ -94,9 +107,13 @@ def attack_knowing(
     device: str,
     bars: Bars,
 ) -> NDArray[np.uint8]:
-    """Attack images [N, H, W, 3] uint8 with labels [N]; `epsilon` in 1/255. Returns uint8, clipped and rounded."""
+    """Attack images [N, H, W, 3] uint8 with labels [N]; `epsilon` in 1/255. Returns uint8, clipped and rounded.
+
+    A number of steps in `name` goes before `steps`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    run, parts = _RUNS[name.removesuffix(MIXTURE)], []
+    kind, steps = _split(name, steps)
+    run, parts = _RUNS[kind.removesuffix(MIXTURE)], []
     free = _BYTES if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 10
     batch = max(1, min(_BATCH, free // (_BYTES_PER_PIXEL * images.shape[1] * images.shape[2])))
     with bars.task(f"attack {name}", len(images)) as task:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hardening.attacks.target import Seen, Target
 from hardening.measure import knowing
+from model_store.errors import TwogateError
 from tests.hardening.conftest import QuietBars
 
 
@@ -44,3 +45,24 @@ def test_large_pictures_are_attacked_few_at_a_time(side: int, largest: int, monk
     )
     assert seen == [largest, 1]
     assert torch.equal(torch.from_numpy(found), torch.from_numpy(images))
+
+
+@pytest.mark.parametrize(("name", "steps"), [("T5-selective", 7), ("T5-selective@200", 200), ("T5-selective@mixture@3", 3)])
+def test_a_name_may_say_how_many_steps(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def attack(target: Target, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        taken.append(options["steps"])
+        return images
+
+    knowing.check_names((name,))
+    monkeypatch.setitem(knowing._RUNS, "T5-selective", attack)
+    images, labels, target = np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64), Target(blind, 0.0)
+    knowing.attack_knowing(name, target, images, labels, epsilon=8, steps=7, seed=0, device="cpu", bars=QuietBars())
+    assert taken == [steps]
+
+
+@pytest.mark.parametrize("name", ["T7", "T5-selective@", "T5-selective@0", "T5-selective@many", "T3@mixture", "@200"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(TwogateError, match="as in PGD-head@200"):
+        knowing.check_names((name,))
