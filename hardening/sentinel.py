@@ -291,7 +291,7 @@ def _pgd_now(
 ) -> NDArray[np.uint8]:
     """Images [n, H, W, 3] after PGD on features: all of a batch on the tripwire, blind to the sentinel, as by somebody who
     knows the public victim alone; or each step on another branch, with a share `hiding` that keeps an eye on the sentinel, as
-    it sees them after `place`.
+    it sees them after `place`. A loop of its own, beside `attacks.pgd`: each image has its epsilon, and each step its loss.
     """
     x, count = as_input(images, device), len(images)
     branches = [name for name in watched if name != TRIPWIRE]
