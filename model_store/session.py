@@ -17,6 +17,9 @@ from model_store.manifest import MODEL_FILE, Manifest
 if TYPE_CHECKING:
     from model_store.bundle import Bundle
 
+_M_TRIM_THRESHOLD = -1
+"""The number of this option in glibc's malloc.h."""
+
 OUTPUTS = ("embedding", "confidence", "score")
 
 
@@ -49,6 +52,7 @@ class GateSession:
         options.enable_cpu_mem_arena = False
         # Never let the bytes choose another format: what was checked is an ONNX model.
         options.add_session_config_entry("session.load_model_format", "ONNX")
+        _keep_little_freed_memory()
         try:
             self._session = ort.InferenceSession(bundle.model, options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's errors share no base class
@@ -63,11 +67,20 @@ class GateSession:
         return GateOutputs(np.asarray(embedding), np.asarray(confidence), np.asarray(score))
 
 
+def _keep_little_freed_memory() -> None:
+    """Let glibc keep no more than 16 MiB of freed memory at the end of its heap, for the whole process.
+
+    Otherwise it raises that bound by itself to twice the largest block it saw freed, and what each batch's activations
+    leave behind stays: about 75 MB at a batch of six with the default bundle. It is no slower.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 16 * 2**20)
+
+
 def _give_back_freed_memory() -> None:
-    """Unpacking a graph's weights leaves over 100 MB of freed heap behind, which glibc keeps unless asked."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    """Unpacking a graph's weights leaves holes in the heap, which glibc gives back only when asked."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_signature(session: ort.InferenceSession, manifest: Manifest) -> None:
