@@ -10,7 +10,7 @@ import string
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 _RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
@@ -37,17 +37,37 @@ def _rescaled(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    values = np.asarray(image) + rng.normal(0, rng.uniform(1, 8), (image.height, image.width, 3))
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    """Of any strength: a detector that was shown strong noise alone takes weak noise for an attack. A grain alike in the
+    three channels, one in each, or shot noise, which grows with the root of the light."""
+    values, strength = np.asarray(image).astype(float), np.exp(rng.uniform(np.log(0.5), np.log(8)))
+    kind = rng.integers(3)
+    noise = rng.normal(0, strength, (image.height, image.width, 1 if kind == 0 else 3))
+    if kind == 2:
+        noise = noise * np.sqrt(values / 128)
+    return Image.fromarray(np.clip(np.rint(values + noise), 0, 255).astype(np.uint8))
 
 
 def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1)))
 
 
-def _brightness(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _sharpened(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return image.filter(ImageFilter.UnsharpMask(rng.uniform(0.5, 3), round(rng.uniform(30, 200)), int(rng.integers(0, 4))))
+
+
+def _toned(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Lighter or darker; half of them with another contrast and saturation too."""
     values = 255 * (np.asarray(image) / 255 * rng.uniform(0.6, 1.4)) ** rng.uniform(0.8, 1.25)
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    lit = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if rng.random() < 0.5:
+        return lit
+    return ImageEnhance.Color(ImageEnhance.Contrast(lit).enhance(rng.uniform(0.6, 1.6))).enhance(rng.uniform(0, 1.8))
+
+
+def _few_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """As a GIF or a small PNG has them, dithered or not."""
+    palette = image.quantize(round(2 ** rng.uniform(4, 8)))
+    return image.quantize(palette=palette, dither=rng.choice([Image.Dither.NONE, Image.Dither.FLOYDSTEINBERG]))
 
 
 def _screenshot(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -85,5 +105,5 @@ def _grey(rng: np.random.Generator) -> tuple[int, int, int]:
     return red, green, blue
 
 
-_KINDS = (_jpeg, _rescaled, _noise, _blur, _brightness, _screenshot, _text)
+_KINDS = (_jpeg, _rescaled, _noise, _blur, _sharpened, _toned, _few_colours, _screenshot, _text)
 KINDS = len(_KINDS)

@@ -60,6 +60,8 @@ _STORED_SHARE = 0.2
 """Of the attacked images, those that are honestly changed afterwards, as a file's way through an app does."""
 _CHANGED_SHARE, _NOISE_SHARE = 0.7, 0.15
 """Of the unattacked images, those that are honestly changed, and those under noise, which is no attack."""
+_WEAKEST_NOISE = 0.5
+"""Standard deviation, in 1/255, or step; the strongest is `STRONGEST`. Weaker than any attack is, for it is everywhere."""
 _LIT_SHARE, _LIGHT = 0.3, (0.6, 1.4)
 """Of all images, those that are made lighter or darker, and by what factor."""
 _RESIDUAL_GAIN = 8.0
@@ -327,7 +329,7 @@ def _pgd_now(
 def _unattacked(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     result = _changed(images, _CHANGED_SHARE, rng)
     for row in np.flatnonzero(rng.random(len(images)) < _NOISE_SHARE):
-        strength, shape = rng.uniform(WEAKEST, STRONGEST), images.shape[1:]
+        strength, shape = math.exp(rng.uniform(math.log(_WEAKEST_NOISE), math.log(STRONGEST))), images.shape[1:]
         noise = rng.normal(0, strength, shape) if rng.random() < 0.5 else strength * rng.choice((-1, 1), shape)
         result[row] = apply_universal(images[row][None], noise.astype(np.float32))[0]
     return result

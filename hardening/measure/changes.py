@@ -8,26 +8,36 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 Change = Callable[[Image.Image], Image.Image]
 
 
 def honest_changes(images: NDArray[np.uint8], seed: int) -> dict[str, NDArray[np.uint8]]:
-    """Name -> changed images, uint8 [N, H, W, 3]; `images` of the same shape."""
+    """Name -> changed images, uint8 [N, H, W, 3]; `images` of the same shape.
+
+    Kinds that `hardening.honest` draws from, and two that no detector was ever shown: WebP and rotation.
+    """
 
     def each(change: Change) -> NDArray[np.uint8]:
         return np.stack([np.asarray(change(Image.fromarray(image)).convert("RGB"), dtype=np.uint8) for image in images])
 
-    noise = np.random.default_rng(seed).normal(0, 8, images.shape)
+    noise = np.random.default_rng(seed).normal(0, 1, images.shape)
     return {
         **{f"JPEG quality {quality}": each(_jpeg(quality)) for quality in (95, 75, 50, 30)},
         "half size and back": each(_rescaled(0.5)),
         "double size and back": each(_rescaled(2.0)),
-        "noise, sigma 8": _to_uint8(images + noise),
+        "noise, sigma 8": _to_uint8(images + 8 * noise),
+        "noise, sigma 1": _to_uint8(images + noise),
+        "shot noise": _to_uint8(images + 4 * np.sqrt(images / 128) * noise),
         "blur, sigma 1": each(lambda image: image.filter(ImageFilter.GaussianBlur(1))),
+        "sharpened": each(lambda image: image.filter(ImageFilter.UnsharpMask(2, 150, 0))),
         "brightness x 0.7": _to_uint8(images * 0.7),
         "brightness x 1.3": _to_uint8(images * 1.3),
+        "contrast x 1.4": each(lambda image: ImageEnhance.Contrast(image).enhance(1.4)),
+        "64 colours": each(_few_colours),
+        "WebP quality 80": each(_webp),
+        "rotated by 5 degrees": each(lambda image: image.rotate(5, Image.Resampling.BICUBIC)),
         "screenshot": each(_screenshot),
         "text overlay": each(_text),
     }
@@ -44,6 +54,17 @@ def _jpeg(quality: int) -> Change:
         return Image.open(buffer)
 
     return change
+
+
+def _webp(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return Image.open(buffer)
+
+
+def _few_colours(image: Image.Image) -> Image.Image:
+    """Dithered, as a GIF is."""
+    return image.quantize(palette=image.quantize(64), dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def _rescaled(factor: float) -> Change:
