@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hardening.honest import KINDS, changed_at_random
+from hardening.honest import _KINDS, KINDS, _noise, changed_at_random
 from tests.support.patterns import patterns
 
 
@@ -22,3 +22,11 @@ def test_a_seed_draws_the_same_changes_again_and_another_one_others() -> None:
     first = changed_at_random(images, 0)
     assert np.array_equal(first, changed_at_random(images, 0))
     assert not np.array_equal(first, changed_at_random(images, 1))
+
+
+def test_noise_is_weak_as_often_as_strong() -> None:
+    images = np.full((30 * KINDS, 16, 16, 3), 128, np.uint8)
+    found = changed_at_random(images, 0)[_KINDS.index(_noise) :: KINDS].astype(float)
+    deviation = found.std((1, 2, 3))
+    assert (deviation < 2).sum() >= 8
+    assert (deviation > 2).sum() >= 8
