@@ -23,6 +23,17 @@ def changed_at_random(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
     return np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in changed])
 
 
+def noisy(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Of any strength: a detector that was shown strong noise alone takes weak noise for an attack. A grain alike in the
+    three channels, one in each, or shot noise, which grows with the root of the light."""
+    values, strength = np.asarray(image).astype(float), np.exp(rng.uniform(np.log(0.5), np.log(8)))
+    kind = rng.integers(3)
+    noise = rng.normal(0, strength, (image.height, image.width, 1 if kind == 0 else 3))
+    if kind == 2:
+        noise = noise * np.sqrt(values / 128)
+    return Image.fromarray(np.clip(np.rint(values + noise), 0, 255).astype(np.uint8))
+
+
 def _jpeg(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=int(rng.integers(30, 96)), subsampling=int(rng.choice([0, 2])))
@@ -34,17 +45,6 @@ def _rescaled(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     there, back = (_RESAMPLE[index] for index in rng.integers(0, len(_RESAMPLE), 2))
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     return image.resize(size, there).resize(image.size, back)
-
-
-def _noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Of any strength: a detector that was shown strong noise alone takes weak noise for an attack. A grain alike in the
-    three channels, one in each, or shot noise, which grows with the root of the light."""
-    values, strength = np.asarray(image).astype(float), np.exp(rng.uniform(np.log(0.5), np.log(8)))
-    kind = rng.integers(3)
-    noise = rng.normal(0, strength, (image.height, image.width, 1 if kind == 0 else 3))
-    if kind == 2:
-        noise = noise * np.sqrt(values / 128)
-    return Image.fromarray(np.clip(np.rint(values + noise), 0, 255).astype(np.uint8))
 
 
 def _blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -105,5 +105,5 @@ def _grey(rng: np.random.Generator) -> tuple[int, int, int]:
     return red, green, blue
 
 
-_KINDS = (_jpeg, _rescaled, _noise, _blur, _sharpened, _toned, _few_colours, _screenshot, _text)
+_KINDS = (_jpeg, _rescaled, noisy, _blur, _sharpened, _toned, _few_colours, _screenshot, _text)
 KINDS = len(_KINDS)

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,13 +34,13 @@ from hardening.branches import SENTINEL, TRIPWIRE
 from hardening.encoders import Encoder, as_input
 from hardening.files import load_tensors, save_tensors
 from hardening.finetune import cosine
-from hardening.honest import changed_at_random
+from hardening.honest import changed_at_random, noisy
 from hardening.progress import Bars
 from hardening.recipe import Sentinel
 from hardening.training import run_epochs, seed_everything
 
-WEAKEST, STRONGEST = 2.0, 10.0
-"""L-infinity, in 1/255."""
+WEAKEST, STRONGEST = 4.0, 10.0
+"""L-infinity, in 1/255. Weaker attacks do hardened branches no harm, and to learn them is to take slight noise for one."""
 _PGD_STEPS = 6
 _CHUNK = 28
 """Images that are attacked with one epsilon, on one encoder."""
@@ -58,10 +59,10 @@ _NEAR = 0.05
 """Dynamic attacks start between that share and all of epsilon away: random noise is not to be what betrays them."""
 _STORED_SHARE = 0.2
 """Of the attacked images, those that are honestly changed afterwards, as a file's way through an app does."""
-_CHANGED_SHARE, _NOISE_SHARE = 0.7, 0.15
+_CHANGED_SHARE, _NOISE_SHARE = 0.7, 0.3
 """Of the unattacked images, those that are honestly changed, and those under noise, which is no attack."""
-_WEAKEST_NOISE = 0.5
-"""Standard deviation, in 1/255, or step; the strongest is `STRONGEST`. Weaker than any attack is, for it is everywhere."""
+_STEP_SHARE, _STEP = 0.3, (1, 10)
+"""Of that noise, the share that is a step up or down in each value, as a perturbation by signs is, and its size."""
 _LIT_SHARE, _LIGHT = 0.3, (0.6, 1.4)
 """Of all images, those that are made lighter or darker, and by what factor."""
 _RESIDUAL_GAIN = 8.0
@@ -329,9 +330,11 @@ def _pgd_now(
 def _unattacked(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     result = _changed(images, _CHANGED_SHARE, rng)
     for row in np.flatnonzero(rng.random(len(images)) < _NOISE_SHARE):
-        strength, shape = math.exp(rng.uniform(math.log(_WEAKEST_NOISE), math.log(STRONGEST))), images.shape[1:]
-        noise = rng.normal(0, strength, shape) if rng.random() < 0.5 else strength * rng.choice((-1, 1), shape)
-        result[row] = apply_universal(images[row][None], noise.astype(np.float32))[0]
+        if rng.random() < _STEP_SHARE:
+            steps = rng.uniform(*_STEP) * rng.choice((-1, 1), images.shape[1:])
+            result[row] = apply_universal(images[row][None], steps.astype(np.float32))[0]
+        else:
+            result[row] = np.asarray(noisy(Image.fromarray(images[row]), rng))
     return result
 
 
