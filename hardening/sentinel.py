@@ -40,7 +40,7 @@ from hardening.recipe import Sentinel
 from hardening.training import run_epochs, seed_everything
 
 WEAKEST, STRONGEST = 4.0, 10.0
-"""L-infinity, in 1/255. Weaker attacks do hardened branches no harm, and to learn them is to take slight noise for one."""
+"""L-infinity, in 1/255. To learn weaker attacks is to take slight noise for one."""
 _PGD_STEPS = 6
 _CHUNK = 28
 """Images that are attacked with one epsilon, on one encoder."""
