@@ -124,10 +124,11 @@ class Sentinel(_Part):
         description="attacks are made anew in each epoch, against the network itself too: for a bundle that stays secret",
     )
     share: float = Field(
-        default=0.5,
+        default=0.05,
         gt=0,
         lt=0.9,
-        description="of the false alarms; with more, it is heard about pictures that look noisy, honest ones too",
+        description="of the false alarms; with more, attacks that hide from it, and honest pictures that look noisy or blurred, "
+        "are flagged more often",
     )
     width: int = Field(
         default=24, ge=4, description="channels of its first convolution; the last ones have four times as many"

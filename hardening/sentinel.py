@@ -45,8 +45,8 @@ _PGD_STEPS = 6
 _CHUNK = 28
 """Images that are attacked with one epsilon, on one encoder."""
 _UNIVERSAL, _UNIVERSAL_IMAGES, _UNIVERSAL_EPOCHS, _UNIVERSAL_EPSILON = 8, 320, 2, 8.0
-_PATCHES, _PATCH_AREA = 4, 0.03
-_UNIVERSAL_SHARE, _PATCH_SHARE = 0.3, 0.1
+_PATCHES, _PATCH_AREA = 8, 0.03
+_UNIVERSAL_SHARE, _PATCH_SHARE = 0.3, 0.15
 """Of the attacked images of a batch; the others are PGD's."""
 _STATIC = 0.25
 """Share of the epochs before dynamic attacks hide: from a network that knows nothing yet, there is nothing to hide."""

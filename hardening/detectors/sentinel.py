@@ -4,9 +4,9 @@ Consistency knows clean images alone, and sees what moves the tripwire. A univer
 picture does, but has the same pattern in every picture, and PGD leaves its own; a network that has seen such patterns knows
 them anywhere ("On detecting adversarial perturbations", Metzen et al., ICLR 2017). What that network has not seen, it may
 miss; consistency asks less. So each has a voice: the alarm of the network (`hardening.sentinel`) is evidence like any other,
-with its normal score and conformal p-value among the same honest images, and its share of the false alarms, half as a rule.
-With less it would hardly speak, for among clean images, unchanged, it is much quieter than that p-value says; with more,
-pictures made much lighter or under noise, which it takes for attacked, are flagged too often (`docs/measure.md`, "What was
+with its normal score and conformal p-value among the same honest images, and its share of the false alarms. A twentieth as a
+rule: it is sure of an attack that it knows, and what it half believes of is mostly an honest picture under noise, blurred or
+in few colours. One that is trained against attacks on itself is less sure, and needs more (`docs/measure.md`, "What was
 tried"). Thresholds, as always, come from clean images alone.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from hardening.branches import BRANCHES, SENTINEL, TRIPWIRE
 from hardening.detectors.consistency import ALARM, ConsistencyDetector
 
-SHARE = 0.5
+SHARE = 0.05
 """Of the false alarms."""
 
 
