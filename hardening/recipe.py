@@ -127,8 +127,8 @@ class Sentinel(_Part):
         default=0.05,
         gt=0,
         lt=0.9,
-        description="of the false alarms; with more, attacks that hide from it, and honest pictures that look noisy or blurred, "
-        "are flagged more often",
+        description="of the false alarms; with more, attacks that hide from it are flagged more often, and so are honest "
+        "pictures that look noisy or blurred",
     )
     width: int = Field(
         default=24, ge=4, description="channels of its first convolution; the last ones have four times as many"
