@@ -34,8 +34,8 @@ def evaluate(
     adaptive: Annotated[
         str,
         typer.Option(
-            help="Of the adaptive suite, by attackers who know the method; comma-separated, or `all`. A number behind a name "
-            "is its steps: `T5-selective@200`."
+            help="Of the adaptive suite, by attackers who know the method; comma-separated, or `all`. Behind a name "
+            "may stand the budget that it aims at instead of 0.05, and its steps: `T5-selective@fpr0.2@200`."
         ),
     ] = "none",
     convergence: Annotated[

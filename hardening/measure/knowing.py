@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from model_store.errors import TwogateError
 from model_store.manifest import Manifest
 
 AIMED_AT_FPR = 0.05
-"""The attacker holds the score under the threshold of this budget; a smaller one is then evaded too."""
+"""The attacker holds the score under the threshold of this budget, if not told another; a smaller one is then evaded too."""
 HEAD_AWARE = "PGD-head"
 _THROUGH_HEADS: dict[str, Attack] = {HEAD_AWARE: pgd_head, "AutoAttack-no-FAB": auto_attack_without_fab}
 """These ignore the flag: they tell what is left of the accuracy alone."""
@@ -37,8 +38,9 @@ MIXTURE = "@mixture"
 served. No branch outshouts the others there, so all must be broken, and what breaks them may carry over better."""
 _MIXED = tuple(f"{name}{MIXTURE}" for name in (HEAD_AWARE, "T4", "T5-selective"))
 KNOWING = (*_RUNS, *_MIXED)
-_STEPS = re.compile(r"@(\d+)$")
-"""Behind that: as many steps as are tried, in place of the size's: `T5-selective@200`."""
+_OPTIONS = re.compile(r"(?:@fpr(?P<fpr>0\.\d+))?(?:@(?P<steps>\d+))?$")
+"""Behind that: the budget that is aimed at, and as many steps as are tried, in place of the size's:
+`T5-selective@fpr0.2@200`. Who lacks the weights keeps a margin; who aims at a strict service has more room."""
 _BATCH = 50
 _BYTES_PER_PIXEL = 20_000
 """Of all images of a batch together: what the whole defence takes with its gradients."""
@@ -46,20 +48,37 @@ _BYTES = 3_000_000_000
 """On a CPU; of an accelerator's free memory a tenth, for others may want it too."""
 
 
+@dataclass(frozen=True)
+class _Aim:
+    """An attack's name, read."""
+
+    kind: str
+    """Of KNOWING."""
+    fpr: float
+    steps: int | None
+
+    @classmethod
+    def read(cls, name: str) -> _Aim:
+        options = _OPTIONS.search(name)
+        assert options is not None  # it also matches nothing at the end
+        fpr, steps = options["fpr"], options["steps"]
+        return cls(name[: options.start()], float(fpr or AIMED_AT_FPR), int(steps) if steps else None)
+
+    @property
+    def blind(self) -> bool:
+        """Whether it ignores the flag."""
+        return self.kind.removesuffix(MIXTURE) in _THROUGH_HEADS
+
+
 def check_names(names: tuple[str, ...]) -> None:
     """TwogateError where a name is not in the suite."""
-    unknown = [name for name in names if _split(name, 1)[0] not in KNOWING or _split(name, 1)[1] < 1]
-    if unknown:
-        raise TwogateError(
-            f"there is no adaptive attack {unknown[0]!r}; there are {', '.join(KNOWING)}, and each with a number of steps, "
-            f"as in {HEAD_AWARE}@200"
-        )
-
-
-def _split(name: str, usual: int) -> tuple[str, int]:
-    """An attack's name without its number of steps, and that number; `usual` where it has none."""
-    found = _STEPS.search(name)
-    return (name[: found.start()], int(found[1])) if found else (name, usual)
+    for name in names:
+        aim = _Aim.read(name)
+        if aim.kind not in KNOWING or aim.steps == 0 or aim.fpr == 0 or (aim.blind and "@fpr" in name):
+            raise TwogateError(
+                f"there is no adaptive attack {name!r}; there are {', '.join(KNOWING)}, each with a number of steps, as in "
+                f"{HEAD_AWARE}@200, and those that mind the flag with the budget that they aim at, as in T5-selective@fpr0.2"
+            )
 
 
 def threshold(calibration: Calibration, budget: float) -> float:
@@ -74,8 +93,8 @@ def target_of(graph: Graph, task: Task, manifest: Manifest, attack: str) -> Targ
 
     One that ignores the flag gets no numbers for it and for the features, which saves the undefended victim's passes.
     """
-    attack = _split(attack, 1)[0]
-    mixture, blind = attack.endswith(MIXTURE), attack.removesuffix(MIXTURE) in _THROUGH_HEADS
+    aim = _Aim.read(attack)
+    mixture, blind = aim.kind.endswith(MIXTURE), aim.blind
     by_branch = {} if blind else graph.feature_names
     wanted = (*by_branch.values(), "embedding", "confidence", *(() if blind else ("score",)))
 
@@ -92,7 +111,7 @@ def target_of(graph: Graph, task: Task, manifest: Manifest, attack: str) -> Targ
             fused=mixed if mixture else task.system_logits(found, manifest)[GUARDED],
         )
 
-    return Target(see, threshold(manifest.calibration, AIMED_AT_FPR))
+    return Target(see, threshold(manifest.calibration, aim.fpr))
 
 
 def attack_knowing(
@@ -112,15 +131,15 @@ def attack_knowing(
     A number of steps in `name` goes before `steps`.
     """
     generator = torch.Generator().manual_seed(seed)
-    kind, steps = _split(name, steps)
-    run, parts = _RUNS[kind.removesuffix(MIXTURE)], []
+    aim = _Aim.read(name)
+    run, parts = _RUNS[aim.kind.removesuffix(MIXTURE)], []
     free = _BYTES if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 10
     batch = max(1, min(_BATCH, free // (_BYTES_PER_PIXEL * images.shape[1] * images.shape[2])))
     with bars.task(f"attack {name}", len(images)) as task:
         for start in range(0, len(images), batch):
             x = as_input(images[start : start + batch], device)
             y = torch.as_tensor(labels[start : start + batch], device=device)
-            found = run(target, x, y, epsilon=epsilon / 255, steps=steps, generator=generator)
+            found = run(target, x, y, epsilon=epsilon / 255, steps=aim.steps or steps, generator=generator)
             parts.append(to_uint8(found.detach()))
             task.advance(len(x))
     return np.concatenate(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hardening.attacks.target import Seen, Target
 from hardening.measure import knowing
+from model_store.calibration import Calibration
 from model_store.errors import TwogateError
 from tests.hardening.conftest import QuietBars
 
@@ -47,7 +49,16 @@ def test_large_pictures_are_attacked_few_at_a_time(side: int, largest: int, monk
     assert torch.equal(torch.from_numpy(found), torch.from_numpy(images))
 
 
-@pytest.mark.parametrize(("name", "steps"), [("T5-selective", 7), ("T5-selective@200", 200), ("T5-selective@mixture@3", 3)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("T5-selective", 7),
+        ("T5-selective@200", 200),
+        ("T5-selective@mixture@3", 3),
+        ("T5-selective@fpr0.2", 7),
+        ("T5-selective@mixture@fpr0.2@3", 3),
+    ],
+)
 def test_a_name_may_say_how_many_steps(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
@@ -62,7 +73,26 @@ def test_a_name_may_say_how_many_steps(name: str, steps: int, monkeypatch: pytes
     assert taken == [steps]
 
 
-@pytest.mark.parametrize("name", ["T7", "T5-selective@", "T5-selective@0", "T5-selective@many", "T3@mixture", "@200"])
+@pytest.mark.parametrize(("name", "budget"), [("T5-selective", 0.05), ("T4@mixture@fpr0.2", 0.2), ("T3@fpr0.01@9", 0.01)])
+def test_a_name_may_say_which_budget_is_aimed_at(name: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    knowing.check_names((name,))
+    table = Calibration(source="", scores=tuple(float(score) for score in range(999)))
+    bundle: Any = SimpleNamespace(calibration=table)
+    graph: Any = SimpleNamespace(feature_names={})
+    task: Any = None
+    aimed = knowing.target_of(graph, task, bundle, name).threshold
+    p_value = table.p_value(np.array([aimed, aimed + 1]))
+    assert p_value[0] > budget >= p_value[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("T7", "T5-selective@", "T5-selective@0", "T5-selective@many", "T3@mixture", "@200"),
+        *("T5-selective@fpr", "T5-selective@fpr0.0", "T5-selective@fpr5", "T5-selective@9@fpr0.2"),
+        "PGD-head@fpr0.2",  # blind to the flag
+    ],
+)
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(TwogateError, match="as in PGD-head@200"):
         knowing.check_names((name,))
