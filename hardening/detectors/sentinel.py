@@ -6,8 +6,8 @@ them anywhere ("On detecting adversarial perturbations", Metzen et al., ICLR 201
 miss; consistency asks less. So each has a voice: the alarm of the network (`hardening.sentinel`) is evidence like any other,
 with its normal score and conformal p-value among the same honest images, and its share of the false alarms. A twentieth as a
 rule: it is sure of an attack that it knows, and what it half believes of is mostly an honest picture under noise, blurred or
-in few colours. One that is trained against attacks on itself is less sure, and needs more (`docs/measure.md`, "What was
-tried"). Thresholds, as always, come from clean images alone.
+in few colours. One that is trained against attacks on itself is less sure, and needs more (`docs/tried.md`).
+Thresholds, as always, come from clean images alone.
 """
 
 from __future__ import annotations
