@@ -21,11 +21,12 @@ from hardening.branches import BMP, BRANCHES, MPAE, SENTINEL, TRIPWIRE, train_he
 from hardening.compact import round_weights
 from hardening.data import Dataset
 from hardening.detectors import ConsistencyDetector, Detector, PaperDetector, SentinelDetector
+from hardening.detectors.sentinel import SHARE
 from hardening.encoders import Encoder, as_input, fold_batch_norm, merge_gains
 from hardening.gate import EMBEDDED, Gate, Views
 from hardening.honest import changed_at_random
 from hardening.progress import Bars
-from hardening.recipe import RecipeError, Sentinel
+from hardening.recipe import RecipeError
 from model_store.calibration import Calibration
 
 _BATCH = 16
@@ -65,30 +66,27 @@ def assemble(
 
 
 def calibrate(
-    views: Views, dataset: Dataset, detector: str, device: str, bars: Bars, *, sentinel: Sentinel | None = None
+    views: Views, dataset: Dataset, detector: str, device: str, bars: Bars, *, sentinel_share: float = SHARE
 ) -> Calibrated:
     """Fit the detector on `fit`, each image after an honest change, then the score's table on `calibration`, unchanged.
-
-    What may pass, and the sentinel's share of the false alarms, are `sentinel`'s, a recipe's; without one, its defaults.
 
     A folder calibration/ says what the gate will see, so the detector is fitted on it too: evidence that only
     knew the few classes of `fit` would take every other picture for strange. The table's scores then come from detectors that
     were fitted without the image that they judge (cross-conformal prediction, Vovk 2015).
     """
     images, labels = dataset.take("fit")
-    sentinel = sentinel or Sentinel()
     values = collect(views, images, EMBEDDED, device, bars, "features for the embedding")
     clean, _ = dataset.take("calibration")
     own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
     score: NDArray[np.float32] | None = None
     if detector in _FITTED:
         kind = _FITTED[detector]
-        fit: _Fit = partial(SentinelDetector.fit, share=sentinel.share) if kind is SentinelDetector else kind.fit
+        fit: _Fit = partial(SentinelDetector.fit, share=sentinel_share) if kind is SentinelDetector else kind.fit
         read = partial(collect, views, wanted=kind.views, device=device, bars=bars)
-        known = read(changed_at_random(images, 0, sentinel.noise), what="features for the detector")
+        known = read(changed_at_random(images, 0), what="features for the detector")
         if own:
             theirs = read(clean, what="features of calibration/")
-            changed = read(changed_at_random(clean, 1, sentinel.noise), what="features of calibration/, changed")
+            changed = read(changed_at_random(clean, 1), what="features of calibration/, changed")
             known, score = _together(known, changed), _scores_by_others(fit, known, theirs, changed, bars)
         fitted: Detector = fit(known)
     elif dataset.labelled:

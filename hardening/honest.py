@@ -15,12 +15,11 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 _RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
 
-def changed_at_random(images: NDArray[np.uint8], seed: int, noise: bool = True) -> NDArray[np.uint8]:
-    """Each image [N, H, W, 3] uint8 after one change, of a kind and strength drawn for it; noise is a kind, if it may be."""
+def changed_at_random(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """Each image [N, H, W, 3] uint8 after one change, of a kind and strength drawn for it."""
     rng = np.random.default_rng(seed)
-    kinds = [kind for kind in _KINDS if noise or kind is not noisy]
     # In turn and not drawn: each kind has its share however few images there are.
-    changed = [kinds[number % len(kinds)](Image.fromarray(image), rng) for number, image in enumerate(images)]
+    changed = [_KINDS[number % KINDS](Image.fromarray(image), rng) for number, image in enumerate(images)]
     return np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in changed])
 
 

@@ -130,11 +130,6 @@ class Sentinel(_Part):
         description="of the false alarms; with more, attacks that hide from it are flagged more often, and so are honest "
         "pictures that look noisy or blurred",
     )
-    noise: bool = Field(
-        default=True,
-        description="pictures under noise may pass; an attack can look like noise, so a strict gate, with `dynamic` and "
-        "without this, turns them away",
-    )
     width: int = Field(
         default=24, ge=4, description="channels of its first convolution; the last ones have four times as many"
     )

@@ -147,12 +147,12 @@ def train_sentinel(
             losses, right = [], []
             for start in range(0, per_epoch * size, size):
                 place = _placement(images, rng)
-                bad, rows = _perturbed(images, made, ones[start : start + size], rng, recipe.noise)
+                bad, rows = _perturbed(images, made, ones[start : start + size], rng)
                 if recipe.dynamic:
                     hiding = _HIDING_SHARE if number >= _STATIC * recipe.epochs else 0.0
                     theirs = images[ones[start + rows]]
                     bad[rows] = _pgd_now(encoder, hiding, watched, place, theirs, rng, generator, device)
-                good = _unattacked(images[zeros[start : start + size]], rng, recipe.noise)
+                good = _unattacked(images[zeros[start : start + size]], rng)
                 x = place(as_input(_lit(np.concatenate([bad, good]), rng), device))
                 y = (torch.arange(len(x), device=device) < len(bad)).float()
                 logits = encoder(x)[:, 0]
@@ -261,7 +261,7 @@ def _patch(victim: Encoder, images: NDArray[np.uint8], rng: np.random.Generator,
 
 
 def _perturbed(
-    images: NDArray[np.uint8], made: _Made, chosen: NDArray[np.int64], rng: np.random.Generator, noise: bool
+    images: NDArray[np.uint8], made: _Made, chosen: NDArray[np.int64], rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.intp]]:
     """Images [n, H, W, 3] of those `chosen`, attacked, and the rows of those that are PGD's."""
     result = made.pgd[chosen]
@@ -279,7 +279,7 @@ def _perturbed(
             )
             result[row] = image
             result[row, top : top + len(patch), left : left + len(patch)] = patch
-    return _changed(result, _STORED_SHARE, rng, noise), np.flatnonzero(kind >= _UNIVERSAL_SHARE + _PATCH_SHARE)
+    return _changed(result, _STORED_SHARE, rng), np.flatnonzero(kind >= _UNIVERSAL_SHARE + _PATCH_SHARE)
 
 
 def _pgd_now(
@@ -327,10 +327,8 @@ def _pgd_now(
     return to_uint8(attacked)
 
 
-def _unattacked(images: NDArray[np.uint8], rng: np.random.Generator, noise: bool) -> NDArray[np.uint8]:
-    result = _changed(images, _CHANGED_SHARE, rng, noise)
-    if not noise:
-        return result
+def _unattacked(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    result = _changed(images, _CHANGED_SHARE, rng)
     for row in np.flatnonzero(rng.random(len(images)) < _NOISE_SHARE):
         if rng.random() < _STEP_SHARE:
             steps = rng.uniform(*_STEP) * rng.choice((-1, 1), images.shape[1:])
@@ -340,14 +338,14 @@ def _unattacked(images: NDArray[np.uint8], rng: np.random.Generator, noise: bool
     return result
 
 
-def _changed(images: NDArray[np.uint8], share: float, rng: np.random.Generator, noise: bool) -> NDArray[np.uint8]:
+def _changed(images: NDArray[np.uint8], share: float, rng: np.random.Generator) -> NDArray[np.uint8]:
     """A copy, a share of which is honestly changed."""
     result = np.array(images)
     rows = np.flatnonzero(rng.random(len(images)) < share)
     if len(rows):
         # In an order of their own: the kinds of changes come in turn.
         rows = rng.permutation(rows)
-        result[rows] = changed_at_random(images[rows], int(rng.integers(2**31)), noise)
+        result[rows] = changed_at_random(images[rows], int(rng.integers(2**31)))
     return result
 
 
