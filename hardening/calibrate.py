@@ -7,7 +7,7 @@ the evidence too, by cross-fitting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,6 @@ from hardening.branches import BMP, BRANCHES, MPAE, SENTINEL, TRIPWIRE, train_he
 from hardening.compact import round_weights
 from hardening.data import Dataset
 from hardening.detectors import ConsistencyDetector, Detector, PaperDetector, SentinelDetector
-from hardening.detectors.sentinel import SHARE
 from hardening.encoders import Encoder, as_input, fold_batch_norm, merge_gains
 from hardening.gate import EMBEDDED, Gate, Views
 from hardening.honest import changed_at_random
@@ -34,7 +33,6 @@ _FOLDS = 5
 
 _FITTED = {"consistency": ConsistencyDetector, "sentinel": SentinelDetector}
 """Those that are fitted on honestly changed images."""
-_Fit = Callable[[Mapping[str, Tensor]], ConsistencyDetector]
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,7 @@ def assemble(
     return Views(encoders, *sample.shape[1:3]).requires_grad_(False).eval()
 
 
-def calibrate(
-    views: Views, dataset: Dataset, detector: str, device: str, bars: Bars, *, sentinel_share: float = SHARE
-) -> Calibrated:
+def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: Bars) -> Calibrated:
     """Fit the detector on `fit`, each image after an honest change, then the score's table on `calibration`, unchanged.
 
     A folder calibration/ says what the gate will see, so the detector is fitted on it too: evidence that only
@@ -81,14 +77,13 @@ def calibrate(
     score: NDArray[np.float32] | None = None
     if detector in _FITTED:
         kind = _FITTED[detector]
-        fit: _Fit = partial(SentinelDetector.fit, share=sentinel_share) if kind is SentinelDetector else kind.fit
         read = partial(collect, views, wanted=kind.views, device=device, bars=bars)
         known = read(changed_at_random(images, 0), what="features for the detector")
         if own:
             theirs = read(clean, what="features of calibration/")
             changed = read(changed_at_random(clean, 1), what="features of calibration/, changed")
-            known, score = _together(known, changed), _scores_by_others(fit, known, theirs, changed, bars)
-        fitted: Detector = fit(known)
+            known, score = _together(known, changed), _scores_by_others(kind, known, theirs, changed, bars)
+        fitted: Detector = kind.fit(known)
     elif dataset.labelled:
         fitted = PaperDetector({name: train_head(values[name], labels) for name in BRANCHES})
     else:
@@ -107,7 +102,7 @@ def _together(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict
 
 
 def _scores_by_others(
-    fit: _Fit,
+    kind: type[ConsistencyDetector],
     known: Mapping[str, Tensor],
     clean: Mapping[str, Tensor],
     changed: Mapping[str, Tensor],
@@ -118,7 +113,7 @@ def _scores_by_others(
     score = np.zeros(count, np.float32)
     with bars.task("calibrate the score", count) as task:
         for rest, held in KFold(_FOLDS, shuffle=True, random_state=0).split(score):
-            detector = fit(_together(known, {view: found[rest] for view, found in changed.items()}))
+            detector = kind.fit(_together(known, {view: found[rest] for view, found in changed.items()}))
             score[held] = detector({view: found[held] for view, found in clean.items()})[1].numpy()
             task.advance(len(held))
     return score

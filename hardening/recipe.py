@@ -119,17 +119,6 @@ class Sentinel(_Part):
     epochs: int = Field(default=12, ge=1)
     batch_size: int = Field(default=64, ge=4, description="half of them attacked")
     learning_rate: float = Field(default=4e-3, gt=0)
-    dynamic: bool = Field(
-        default=False,
-        description="attacks are made anew in each epoch, against the network itself too: for a bundle that stays secret",
-    )
-    share: float = Field(
-        default=0.05,
-        gt=0,
-        lt=0.9,
-        description="of the false alarms; with more, attacks that hide from it are flagged more often, and so are honest "
-        "pictures that look noisy or blurred",
-    )
     width: int = Field(
         default=24, ge=4, description="channels of its first convolution; the last ones have four times as many"
     )

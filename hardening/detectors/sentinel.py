@@ -4,24 +4,18 @@ Consistency knows clean images alone, and sees what moves the tripwire. A univer
 picture does, but has the same pattern in every picture, and PGD leaves its own; a network that has seen such patterns knows
 them anywhere ("On detecting adversarial perturbations", Metzen et al., ICLR 2017). What that network has not seen, it may
 miss; consistency asks less. So each has a voice: the alarm of the network (`hardening.sentinel`) is evidence like any other,
-with its normal score and conformal p-value among the same honest images, and its share of the false alarms. A twentieth as a
-rule: it is sure of an attack that it knows, and what it half believes of is mostly an honest picture under noise, blurred or
-in few colours. One that is trained against attacks on itself is less sure, and needs more (`docs/tried.md`).
-Thresholds, as always, come from clean images alone.
+with its normal score and conformal p-value among the same honest images, and a twentieth of the false alarms: it is sure
+of an attack that it knows, and what it half believes of is mostly an honest picture under noise, blurred or in few colours
+(`docs/tried.md`). Thresholds, as always, come from clean images alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from torch import Tensor
-
-from hardening.branches import BRANCHES, SENTINEL, TRIPWIRE
+from hardening.branches import BMP, BRANCHES, SENTINEL, TRIPWIRE
 from hardening.detectors.consistency import ALARM, ConsistencyDetector
-
-SHARE = 0.05
-"""Of the false alarms."""
 
 
 class SentinelDetector(ConsistencyDetector):
@@ -31,11 +25,5 @@ class SentinelDetector(ConsistencyDetector):
     description = f"{ConsistencyDetector.description}, of a network that was trained to see perturbations, too"
     views = (*ConsistencyDetector.views, SENTINEL)
     branches = (*BRANCHES, TRIPWIRE, SENTINEL)
+    shares: Mapping[str, float] = {TRIPWIRE: 0.85, BMP: 0.1, SENTINEL: 0.05}
     plain: ClassVar[Mapping[str, tuple[str, ...]]] = {**ConsistencyDetector.plain, SENTINEL: (ALARM,)}
-
-    @classmethod
-    def fit(cls, features: Mapping[str, Tensor], share: float = SHARE) -> Self:
-        """See ConsistencyDetector; `share` of the false alarms are the sentinel's, and the tripwire's are that many fewer."""
-        detector = super().fit(features)
-        detector.shares = {**detector.shares, SENTINEL: share, TRIPWIRE: detector.shares[TRIPWIRE] - share}
-        return detector
