@@ -70,6 +70,8 @@ def evaluate(
     others.check_names(tuple(baselines))
     if len({tuple(branch.name for branch in load_bundle(place).manifest.branches) for place in surrogates}) > 1:
         raise EvaluationError("surrogates that are attacked together must be of one recipe: these have other branches")
+    for place in (*bundles, *surrogates):
+        knowing.check_budgets(tuple(adaptive), load_bundle(place).manifest.calibration)
     prepare_process()
     with bars or Bars() as shown:
         crafting, training, measuring = [], [], []

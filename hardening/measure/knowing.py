@@ -81,8 +81,15 @@ def check_names(names: tuple[str, ...]) -> None:
             )
 
 
+def check_budgets(names: tuple[str, ...], calibration: Calibration) -> None:
+    """BudgetTooSmall where a bundle has too few calibration images for a budget that an attack aims at."""
+    for name in names:
+        threshold(calibration, _Aim.read(name).fpr)
+
+
 def threshold(calibration: Calibration, budget: float) -> float:
-    """The largest score that is not flagged at a budget."""
+    """The largest score that is not flagged at a budget. BudgetTooSmall where every score passes it."""
+    calibration.require_budget(budget)
     scores = np.asarray(calibration.scores)
     flagged = int(np.floor(budget * (len(scores) + 1) + 1e-9)) - 1
     return float(scores[len(scores) - 1 - flagged])

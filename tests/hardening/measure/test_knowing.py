@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hardening.attacks.target import Seen, Target
 from hardening.measure import knowing
-from model_store.calibration import Calibration
+from model_store.calibration import BudgetTooSmall, Calibration
 from model_store.errors import TwogateError
 from tests.hardening.conftest import QuietBars
 
@@ -83,6 +83,13 @@ def test_a_name_may_say_which_budget_is_aimed_at(name: str, budget: float, monke
     aimed = knowing.target_of(graph, task, bundle, name).threshold
     p_value = table.p_value(np.array([aimed, aimed + 1]))
     assert p_value[0] > budget >= p_value[1]
+
+
+def test_a_budget_that_a_bundle_cannot_have_is_refused_before_the_work() -> None:
+    table = Calibration(source="", scores=tuple(float(score) for score in range(56)))
+    knowing.check_budgets(("T5-selective", "T4@fpr0.02"), table)
+    with pytest.raises(BudgetTooSmall, match="needs at least 99 calibration images, this bundle has 56"):
+        knowing.check_budgets(("T5-selective", "T4@fpr0.01@9"), table)
 
 
 @pytest.mark.parametrize(
