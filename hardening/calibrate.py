@@ -7,7 +7,7 @@ the evidence too, by cross-fitting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,10 +23,10 @@ from hardening.data import Dataset
 from hardening.detectors import ConsistencyDetector, Detector, PaperDetector, SentinelDetector
 from hardening.encoders import Encoder, as_input, fold_batch_norm, merge_gains
 from hardening.gate import EMBEDDED, Gate, Views
-from hardening.honest import changed_at_random
 from hardening.progress import Bars
 from hardening.recipe import RecipeError
 from model_store.calibration import Calibration
+from model_store.honest import changed_at_random, changed_each_way, to_be_changed
 
 _BATCH = 16
 _FOLDS = 5
@@ -63,8 +63,11 @@ def assemble(
     return Views(encoders, *sample.shape[1:3]).requires_grad_(False).eval()
 
 
-def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: Bars) -> Calibrated:
-    """Fit the detector on `fit`, each image after an honest change, then the score's table on `calibration`, unchanged.
+def calibrate(
+    views: Views, dataset: Dataset, detector: str, device: str, bars: Bars, *, quiet_on_changes: bool = False
+) -> Calibrated:
+    """Fit the detector on `fit`, each image after an honest change, then the score's table on `calibration`, unchanged, and
+    with `quiet_on_changes` on copies of half of it after every honest change too.
 
     A folder calibration/ says what the gate will see, so the detector is fitted on it too: evidence that only
     knew the few classes of `fit` would take every other picture for strange. The table's scores then come from detectors that
@@ -73,16 +76,22 @@ def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: 
     images, labels = dataset.take("fit")
     values = collect(views, images, EMBEDDED, device, bars, "features for the embedding")
     clean, _ = dataset.take("calibration")
+    some = to_be_changed(len(clean))
+    copies = dict(changed_each_way(clean[some], 2)) if quiet_on_changes else {}
     own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
     score: NDArray[np.float32] | None = None
+    changed: dict[str, NDArray[np.float32]] = {}
     if detector in _FITTED:
         kind = _FITTED[detector]
         read = partial(collect, views, wanted=kind.views, device=device, bars=bars)
         known = read(changed_at_random(images, 0), what="features for the detector")
         if own:
             theirs = read(clean, what="features of calibration/")
-            changed = read(changed_at_random(clean, 1), what="features of calibration/, changed")
-            known, score = _together(known, changed), _scores_by_others(kind, known, theirs, changed, bars)
+            learned = read(changed_at_random(clean, 1), what="features of calibration/, changed")
+            judged = [(np.arange(len(clean)), theirs)]
+            judged += [(some, read(found, what=f"features of calibration/: {name}")) for name, found in copies.items()]
+            score, *others = _scores_by_others(kind, known, learned, judged, bars)
+            known, changed = _together(known, learned), dict(zip(copies, others, strict=True))
         fitted: Detector = kind.fit(known)
     elif dataset.labelled:
         fitted = PaperDetector({name: train_head(values[name], labels) for name in BRANCHES})
@@ -92,9 +101,9 @@ def calibrate(views: Views, dataset: Dataset, detector: str, device: str, bars: 
     gate.requires_grad_(False).eval()
     if score is None:
         _, _, score = run_gate(gate, clean, device, bars, "calibrate the score")
+        changed = {name: run_gate(gate, found, device, bars, f"the score after {name}")[2] for name, found in copies.items()}
     source = "the data's folder calibration/" if own else "held out of train/"
-    table = Calibration(source=f"{len(clean)} clean images, {source}", scores=tuple(np.sort(score.astype(float))))
-    return Calibrated(gate, table)
+    return Calibrated(gate, Calibration.of(f"{len(clean)} clean images, {source}", score, changed))
 
 
 def _together(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,19 +113,22 @@ def _together(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict
 def _scores_by_others(
     kind: type[ConsistencyDetector],
     known: Mapping[str, Tensor],
-    clean: Mapping[str, Tensor],
-    changed: Mapping[str, Tensor],
+    learned: Mapping[str, Tensor],
+    judged: Sequence[tuple[NDArray[np.int64], Mapping[str, Tensor]]],
     bars: Bars,
-) -> NDArray[np.float32]:
-    """Scores [N] of clean features by view, each from a detector that was fitted on `known` and the other folds, changed."""
-    count = len(next(iter(clean.values())))
-    score = np.zeros(count, np.float32)
-    with bars.task("calibrate the score", count) as task:
-        for rest, held in KFold(_FOLDS, shuffle=True, random_state=0).split(score):
-            detector = kind.fit(_together(known, {view: found[rest] for view, found in changed.items()}))
-            score[held] = detector({view: found[held] for view, found in clean.items()})[1].numpy()
-            task.advance(len(held))
-    return score
+) -> list[NDArray[np.float32]]:
+    """Scores [M] of each of `judged`, (which images [M] of calibration/, their features by view), from detectors that were
+    fitted on `known` and on the folds of `learned`, features of calibration/, that the image is not in."""
+    scores = [np.zeros(len(which), np.float32) for which, _ in judged]
+    count = len(next(iter(learned.values())))
+    with bars.task("calibrate the score", _FOLDS) as task:
+        for rest, held in KFold(_FOLDS, shuffle=True, random_state=0).split(np.zeros(count)):
+            detector = kind.fit(_together(known, {view: found[rest] for view, found in learned.items()}))
+            for score, (which, features) in zip(scores, judged, strict=True):
+                mine = np.isin(which, held)
+                score[mine] = detector({view: found[mine] for view, found in features.items()})[1].numpy()
+            task.advance()
+    return scores
 
 
 @torch.no_grad()

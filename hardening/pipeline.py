@@ -136,7 +136,7 @@ def _stage(recipe: Recipe, data_root: Path, dataset: data.Dataset, staged: Path,
             bars=bars,
         )
     views = assemble(victim, tuned, dataset.images[dataset.splits["fit"][:8]], sentinel)
-    calibrated = calibrate(views, dataset, recipe.detector, device, bars)
+    calibrated = calibrate(views, dataset, recipe.detector, device, bars, quiet_on_changes=recipe.quiet_on_changes)
     bars.say("export to ONNX")
     gate = calibrated.gate.to("cpu")
     model = export(gate, dataset.images[dataset.splits["fit"][:2]])

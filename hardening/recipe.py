@@ -152,6 +152,11 @@ class Recipe(_Part):
     )
     detector: Literal["consistency", "sentinel", "paper"] = "consistency"
     sentinel: Sentinel = Sentinel()
+    quiet_on_changes: bool = Field(
+        default=False,
+        description="calibrate so that after JPEG, noise, a text overlay and other honest changes, each on its own, at most "
+        "twice max_fpr are flagged; fewer clean pictures are, and of tiny pictures fewer attacked ones",
+    )
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")

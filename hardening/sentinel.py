@@ -30,10 +30,10 @@ from hardening.branches import SENTINEL, TRIPWIRE
 from hardening.encoders import Encoder, as_input
 from hardening.files import load_tensors, save_tensors
 from hardening.finetune import cosine
-from hardening.honest import changed_at_random, noisy
 from hardening.progress import Bars
 from hardening.recipe import Sentinel
 from hardening.training import run_epochs, seed_everything
+from model_store.honest import changed_at_random, noisy
 
 WEAKEST, STRONGEST = 4.0, 10.0
 """L-infinity, in 1/255. To learn weaker attacks is to take slight noise for one."""

@@ -2,11 +2,16 @@
 
 The operator chooses a false-positive budget, never a threshold. Split-conformal p-values (Vovk et al., "Algorithmic
 Learning in a Random World", ch. 2): for a fresh clean image exchangeable with the calibration images, P(p <= a) <= a.
+
+A table may promise more: that of fresh images after an honest change (`model_store.honest`) at most 2 a have p <= a, for each
+kind of change on its own. Its scores are then raised to those of the changed copies of calibration images, and of clean
+images fewer than a have p <= a. Target d of the project is this promise; small pictures pay for it with attacks unseen.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +32,9 @@ class Calibration(BaseModel):
 
     source: str = Field(description="what the clean images were, in words")
     scores: tuple[float, ...] = Field(min_length=1, description="ascending; one per clean image")
+    changes: tuple[str, ...] = Field(
+        default=(), description="honest changes after which at most twice max_fpr are flagged; the scores are raised to that"
+    )
 
     @model_validator(mode="after")
     def _ascending(self) -> Calibration:
@@ -34,6 +42,22 @@ class Calibration(BaseModel):
         if not np.isfinite(values).all() or (np.diff(values) < 0).any():
             raise ValueError("scores must be finite and ascending")
         return self
+
+    @classmethod
+    def of(cls, source: str, clean: ArrayLike, changed: Mapping[str, ArrayLike] | None = None) -> Calibration:
+        """From the scores [n] of clean images in any order, and those [m] of copies of some of them by honest change.
+
+        A kind of change with m copies bounds the budgets from 1 / (2 (m + 1)) on: half as many as there are clean images
+        bound all that these support, and below that the kind's highest score is the best that is known.
+        """
+        table = np.sort(np.asarray(clean, np.float64))
+        share = np.arange(len(table), 0, -1) / (len(table) + 1)  # of images that may be above each score
+        for scores in (changed or {}).values():
+            copies = np.sort(np.asarray(scores, np.float64))
+            # As many of the copies may lie above; a whisker more, because 2 * share * (m + 1) may be a rounded integer.
+            above = np.maximum(np.floor(2 * share * (len(copies) + 1) + 1e-9).astype(int), 1)
+            table = np.where(above <= len(copies), np.maximum(table, copies[-np.minimum(above, len(copies))]), table)
+        return cls(source=source, scores=tuple(table.tolist()), changes=tuple(changed or ()))
 
     @property
     def n(self) -> int:

@@ -122,6 +122,16 @@ def answer_files(
     )
 
 
+def read_pictures(pool: ThreadPoolExecutor, files: Sequence[Path], rule: PixelRule) -> NDArray[np.uint8]:
+    """[N, H, W, 3] of files that were answered before; FolderError where one is no image any more."""
+    pictures = []
+    for path, (_, picture) in zip(files, pool.map(lambda file: _picture(file, rule), files), strict=True):
+        if isinstance(picture, str):
+            raise FolderError(f"{path} has changed meanwhile: {picture}")
+        pictures.append(picture)
+    return np.stack(pictures)
+
+
 def _picture(path: Path, rule: PixelRule) -> tuple[str, NDArray[np.uint8] | str]:
     """sha256 of the file and the decoded picture, or why there is none."""
     try:

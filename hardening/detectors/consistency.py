@@ -12,7 +12,7 @@ the hardened branches, is suspicious. Evidence, each higher = more suspicious:
 
 All but the tripwire's shifts under blur and zoom read the early stages too, beside the features: what a generator or an
 attack on low layers does is seen there first (stage by stage: Lee et al. 2018). Early stages see captions, screenshots and
-compression as well, so the detector is fitted on honestly changed images (`hardening.honest`), and what honest changes do
+compression as well, so the detector is fitted on honestly changed images (`model_store.honest`), and what honest changes do
 is not news to it.
 
 A busy picture shifts more than a plain one, attacked or not. So some of the tripwire's evidence counts a second time,

@@ -16,7 +16,7 @@ Change = Callable[[Image.Image], Image.Image]
 def honest_changes(images: NDArray[np.uint8], seed: int) -> dict[str, NDArray[np.uint8]]:
     """Name -> changed images, uint8 [N, H, W, 3]; `images` of the same shape.
 
-    Kinds that `hardening.honest` draws from, and two that no detector was ever shown: WebP and rotation.
+    Kinds that `model_store.honest` draws from, and two that no detector was ever shown: WebP and rotation.
     """
 
     def each(change: Change) -> NDArray[np.uint8]:

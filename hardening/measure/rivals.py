@@ -81,7 +81,7 @@ def fit_rivals(
         Rival(
             name,
             score,
-            Calibration(source=name, scores=tuple(np.sort(score(images, values)).tolist())),
+            Calibration.of(name, score(images, values)),
             score(task.images, before),
         )
         for name, score in scores.items()

@@ -19,6 +19,7 @@ from hardening.measure.sizes import Size
 from hardening.progress import Bars
 from hardening.recipe import RecipeError, Splits
 from model_store.calibration import Calibration
+from model_store.honest import changed_each_way, to_be_changed
 from model_store.manifest import Manifest
 
 UNDEFENDED = "undefended victim"
@@ -162,6 +163,11 @@ def load_task(
         victim_head = train_head(gallery[TRIPWIRE], fit_labels)
         served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes))
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
+    copies = changed_each_way(dataset.images[own][to_be_changed(len(own))], 0) if manifest.calibration.changes else ()
+    changed = {
+        kind: graph_values(graph, found, device, bars, f"{name}: own calibration, {kind}")["score"].numpy()
+        for kind, found in copies
+    }
     other = np.roll(np.arange(len(test)), 1)
     if len(np.unique(labels)) > 1:
         other = np.array([rng.choice(np.flatnonzero(labels != label)) for label in labels])
@@ -179,5 +185,5 @@ def load_task(
         gallery_labels=fit_labels,
         own_images=dataset.images[own],
         own_values=own_values,
-        own_calibration=Calibration(source=name, scores=tuple(np.sort(own_values["score"].numpy().astype(float)))),
+        own_calibration=Calibration.of(name, own_values["score"].numpy(), changed),
     )

@@ -12,6 +12,7 @@ from hardening.calibrate import Calibrated, assemble, calibrate, collect, run_ga
 from hardening.data import Dataset
 from hardening.encoders import Encoder, ScaledConv2d, features
 from hardening.recipe import RecipeError
+from model_store.honest import KINDS, changed_each_way
 from tests.hardening.conftest import QuietBars
 
 
@@ -121,3 +122,28 @@ def test_a_calibration_folder_teaches_the_evidence_and_keeps_the_promise(
     _, _, score = run_gate(again.gate, fresh, "cpu", bars, "fresh")
     assert (again.calibration.p_value(score) <= 0.05).mean() < 0.15
     assert (again.calibration.p_value(score) <= 0.5).mean() == pytest.approx(0.5, abs=0.2)
+
+
+@pytest.mark.parametrize("folder", ["calibration/", "train/"])
+def test_a_calibration_on_changes_is_quiet_on_each_of_them(
+    toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars, folder: str
+) -> None:
+    paths = list(toy_dataset.paths)
+    for index in toy_dataset.splits["calibration"]:
+        paths[index] = f"{folder}{index}.png"
+    other = dataclasses.replace(toy_dataset, paths=tuple(paths))
+    loud, quiet = (
+        calibrate(toy_calibrated.gate.views, other, "consistency", "cpu", bars, quiet_on_changes=on) for on in (False, True)
+    )
+    assert (loud.calibration.changes, quiet.calibration.changes) == ((), KINDS)
+    assert quiet.calibration.source == loud.calibration.source
+    assert (np.array(quiet.calibration.scores) >= loud.calibration.scores).all()
+    fresh = np.concatenate([toy_dataset.take(name)[0] for name in ("test", "local")])
+    flagged = {}
+    for kind, changed in changed_each_way(fresh, 1):
+        score = run_gate(quiet.gate, changed, "cpu", bars, kind)[2]
+        flagged[kind] = [(table.calibration.p_value(score) <= 0.05).mean() for table in (loud, quiet)]
+    before, after = np.array(list(flagged.values())).T
+    assert before.max() > 0.2, flagged
+    # Twice 0.05, and three standard errors of what 56 copies and the fresh ones can tell.
+    assert after.max() <= 0.1 + 3 * np.sqrt(0.1 * 0.9 * (1 / 56 + 1 / len(fresh))), flagged

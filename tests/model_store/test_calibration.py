@@ -82,3 +82,36 @@ def test_a_budget_that_is_no_share_is_refused(budget: float) -> None:
 def test_a_table_that_is_none_is_refused(values: tuple[float, ...]) -> None:
     with pytest.raises(ValidationError):
         Calibration(source="test", scores=values)
+
+
+def test_a_raised_table_is_quiet_on_each_change_and_on_clean_images() -> None:
+    rng, budgets = np.random.default_rng(0), (0.001, 0.01, 0.05, 0.2)
+    rates = []
+    for _ in range(200):
+        changed = {"louder": rng.normal(1, 1, 500), "wider": rng.normal(0, 1.5, 500), "quieter": rng.normal(-1, 1, 500)}
+        table = Calibration.of("test", rng.normal(size=999), changed)
+        fresh = (rng.normal(size=500), rng.normal(1, 1, 500), rng.normal(0, 1.5, 500), rng.normal(-1, 1, 500))
+        rates.append([[(table.p_value(score) <= budget).mean() for budget in budgets] for score in fresh])
+    clean, louder, wider, quieter = np.mean(rates, axis=0)
+    # 100,000 fresh images of each: the standard error of a share of 0.002 is 0.0002, and the tables differ.
+    assert (louder <= 2 * np.array(budgets) * 1.05 + 0.0003).all(), louder
+    assert (wider <= 2 * np.array(budgets) * 1.05 + 0.0003).all(), wider
+    assert (clean <= budgets).all()
+    assert (quieter <= clean).all()
+    # Not much quieter than it must be: one change or the other has most of its share.
+    assert (np.maximum(louder, wider) >= 1.4 * np.array(budgets)).all()
+
+
+@pytest.mark.parametrize("n", [19, 99, 100, 999])
+def test_changes_that_are_no_louder_leave_the_table_as_it_is(n: int) -> None:
+    values = np.random.default_rng(2).normal(size=n)
+    table = Calibration.of("test", values, {"the same": values, "quieter": values[::2] - 1e3})
+    assert table.scores == Calibration.of("test", values).scores == tuple(np.sort(values))
+    assert table.changes == ("the same", "quieter")
+    assert Calibration.of("test", values).changes == ()
+
+
+def test_a_budget_that_the_copies_cannot_bound_has_their_highest_score() -> None:
+    table = Calibration.of("test", np.zeros(999), {"few": np.arange(19.0)})
+    # A fresh copy is above the highest of 19 once in 20 times, above the second highest twice.
+    assert table.p_value([18.5, 18.0, 17.5, 17.0]) == pytest.approx([0.001, 0.05, 0.05, 0.075])

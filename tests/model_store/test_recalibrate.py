@@ -9,9 +9,11 @@ from PIL import Image
 from scipy.stats import kstest
 
 from model_store.bundle import load_bundle, verify_bundle
-from model_store.calibration import BudgetTooSmall
+from model_store.calibration import BudgetTooSmall, Calibration
 from model_store.folder import FolderError
+from model_store.honest import KINDS, changed_each_way
 from model_store.recalibrate import recalibrate
+from model_store.revise import revise
 from model_store.session import GateSession
 from model_store.store import versions
 from tests.support.tiny_bundle import make_tiny_bundle, noisy_images, smooth_images
@@ -56,6 +58,45 @@ def test_p_values_of_fresh_clean_images_are_uniform(old: Path, tmp_path: Path) -
     noise = GateSession(after).run(noisy_images(20, 32, seed=3)).score
     assert (after.manifest.calibration.p_value(noise) <= 0.01).all()
     assert {file.name: file.read_bytes() for file in old.iterdir()} == was
+
+
+@pytest.fixture
+def quiet(old: Path, tmp_path: Path) -> Path:
+    """A bundle that promises to be quiet on honest changes."""
+    bundle = load_bundle(old)
+    table = Calibration.of("few", bundle.manifest.calibration.scores, dict.fromkeys(KINDS, (0.0,)))
+    return revise(bundle, tmp_path / "quiet", fields={"calibration": table}, card="", record={})
+
+
+def test_who_promised_to_be_quiet_on_changes_promises_it_of_the_new_domain(old: Path, quiet: Path, tmp_path: Path) -> None:
+    folder, steps = write(smooth_images(301, 32, seed=5), tmp_path / "scans"), list[int]()
+    loud = recalibrate(load_bundle(old), old.parents[1], folder)
+    done = recalibrate(
+        load_bundle(quiet), quiet.parents[1], folder, threads=2, begin=steps.append, advance=lambda: steps.append(1)
+    )
+    assert steps[0] == sum(steps[1:]) == 301 + len(KINDS) * 151
+    table = load_bundle(done.place).manifest.calibration
+    assert (table.n, table.changes, loud.calibration.changes) == (301, KINDS, ())
+    assert "after each honest change too" in (done.place / "card.md").read_text()
+    session, budget = GateSession(load_bundle(done.place)), 0.05
+    fresh = smooth_images(400, 32, seed=6)
+    allowed = 2 * budget + 3 * np.sqrt(2 * budget * (1 / 400 + 1 / 151))
+    flagged = {kind: session.run(changed).score for kind, changed in changed_each_way(fresh, 7)}
+    assert max((loud.calibration.p_value(score) <= budget).mean() for score in flagged.values()) > 0.5
+    assert max((table.p_value(score) <= budget).mean() for score in flagged.values()) <= allowed
+
+
+def test_a_file_that_is_gone_before_its_changes_are_scored_is_named(quiet: Path, tmp_path: Path) -> None:
+    folder = write(smooth_images(99, 32, seed=5), tmp_path / "scans")
+    first, left = folder / "0" / "0.png", iter(range(98, -1, -1))
+
+    def advance() -> None:
+        if next(left, 1) == 0:
+            first.unlink()
+
+    with pytest.raises(FolderError, match=r"0\.png has changed meanwhile: cannot be read"):
+        recalibrate(load_bundle(quiet), quiet.parents[1], folder, advance=advance)
+    assert versions(quiet.parents[1], "tiny") == [1]
 
 
 def test_the_card_and_the_record_say_so(old: Path, tmp_path: Path) -> None:

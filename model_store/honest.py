@@ -1,4 +1,5 @@
-"""Honest changes drawn at random: what happens to pictures on their way through apps, for the detector to learn.
+"""Honest changes drawn at random: what happens to pictures on their way through apps, for the detector to learn, and for a
+calibration to be quiet on.
 
 `hardening.measure.changes` has the fixed ones that are measured; strengths, words, places and colours here are drawn.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import io
 import string
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +21,23 @@ def changed_at_random(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
     """Each image [N, H, W, 3] uint8 after one change, of a kind and strength drawn for it."""
     rng = np.random.default_rng(seed)
     # In turn and not drawn: each kind has its share however few images there are.
-    changed = [_KINDS[number % KINDS](Image.fromarray(image), rng) for number, image in enumerate(images)]
+    kinds = list(_KINDS.values())
+    changed = [kinds[number % len(kinds)](Image.fromarray(image), rng) for number, image in enumerate(images)]
     return np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in changed])
+
+
+def changed_each_way(images: NDArray[np.uint8], seed: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Every kind of change by its name, with all images [N, H, W, 3] uint8 after it, of a strength drawn for each."""
+    for number, (name, change) in enumerate(_KINDS.items()):
+        rng = np.random.default_rng((seed, number))
+        changed = [change(Image.fromarray(image), rng).convert("RGB") for image in images]
+        yield name, np.stack([np.asarray(image, dtype=np.uint8) for image in changed])
+
+
+def to_be_changed(n: int) -> NDArray[np.int64]:
+    """Which of n calibration images to change: half of them, which bounds every budget that n supports, and 500 at most,
+    which bounds those from 0.001 on."""
+    return np.linspace(0, n - 1, min((n + 1) // 2, 500)).round().astype(np.int64)
 
 
 def noisy(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -105,5 +122,16 @@ def _grey(rng: np.random.Generator) -> tuple[int, int, int]:
     return red, green, blue
 
 
-_KINDS = (_jpeg, _rescaled, noisy, _blur, _sharpened, _toned, _few_colours, _screenshot, _text)
-KINDS = len(_KINDS)
+_KINDS = {
+    "JPEG": _jpeg,
+    "re-scaling": _rescaled,
+    "noise": noisy,
+    "blur": _blur,
+    "sharpening": _sharpened,
+    "tone": _toned,
+    "few colours": _few_colours,
+    "screenshot": _screenshot,
+    "text": _text,
+}
+KINDS = tuple(_KINDS)
+"""What changes there are."""
