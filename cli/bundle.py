@@ -162,7 +162,7 @@ def _summary(path: Path, manifest: Manifest) -> str:
         lines.append(f"  {branch.name:<12} {branch.role:<9} {branch.embedding_dim:>5}  {branch.description}")
     lines += [
         f"detector    {manifest.detector.name}: {manifest.detector.description}",
-        f"calibrated  on {calibration.n} clean images ({calibration.source})",
+        f"calibrated  on {calibration.n} clean images ({calibration.words})",
         "  budget (max_fpr)  flags scores",
     ]
     for budget in (0.001, 0.01, 0.05):

@@ -24,8 +24,10 @@ def recalibrate(
 
     The graph and with it every embedding and score stay as they are; what changes is the table that p-values are read
     from, so that about max_fpr of the clean images of *this* domain are flagged. Bring images that are like those to come,
-    that nobody attacked, and that the bundle was not trained on: 99 for a max_fpr of 0.01, 999 for 0.001. The new
-    version appears whole or not at all; its folder is printed.
+    that nobody attacked, and that the bundle was not trained on: 99 for a max_fpr of 0.01, 999 for 0.001. A bundle that is
+    calibrated to be quiet on honest changes (JPEG, noise, text and others) stays so: half of the images, 500 at most, are
+    scored after each of them too, which takes several times as long. The new version appears whole or not at all; its folder
+    is printed.
     """
     from cli.bar import bar
     from model_store.bundle import load_bundle
@@ -52,4 +54,6 @@ def recalibrate(
     for budget in (0.001, 0.01, 0.05):
         supported = "is supported" if budget >= smallest else f"needs {round(1 / budget) - 1} images"
         typer.echo(f"  max_fpr {budget:g} {supported}", err=True)
+    if done.calibration.changes:
+        typer.echo(f"  twice that at most after each of {', '.join(done.calibration.changes)}", err=True)
     typer.echo(done.place)

@@ -16,8 +16,8 @@ _LIMITS = """\
 - Assume that an attacker who has the defence's weights, and aims at score and embedding together, evades it. That attack
   has not been measured here.
 - Everything above was attacked on the undefended public victim, without knowledge of the defence, and at one budget.
-- The thresholds hold for images like those of the calibration. Other domains, strong blur or heavy editing raise false
-  alarms: compare the table above, and calibrate on your own images.
+- The thresholds hold for images like those of the calibration. Other domains or heavy editing raise false alarms: compare
+  the table above, and calibrate on your own images.
 - The verdict says whether an image looks like an attack on the encoder. It is no filter for content, and no malware scan."""
 
 
@@ -47,7 +47,7 @@ def _facts(manifest: Manifest, size: int) -> str:
         ("embedding", f"{manifest.embedding_dim} values, unit length; compare with a dot product"),
         *((branch.name, branch.description) for branch in manifest.branches),
         ("detector", f"{manifest.detector.name}: {manifest.detector.description}"),
-        ("calibration", f"{calibration.source}; smallest max_fpr {calibration.smallest_budget:.2g}"),
+        ("calibration", f"{calibration.words}; smallest max_fpr {calibration.smallest_budget:.2g}"),
         ("licence of the data", recipe["data_licence"]),
         ("licence of the weights", recipe["weights_licence"]),
         ("size", f"{size / 2**20:.1f} MiB, weights stored in 8 bits"),

@@ -21,6 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from model_store.errors import TwogateError
 
 
+def is_empty(values: tuple[object, ...]) -> bool:
+    """For optional fields: a manifest without them is what programs that do not know them can read."""
+    return not values
+
+
 class BudgetTooSmall(TwogateError):
     """The calibration set is too small to promise this false-positive rate."""
 
@@ -33,7 +38,10 @@ class Calibration(BaseModel):
     source: str = Field(description="what the clean images were, in words")
     scores: tuple[float, ...] = Field(min_length=1, description="ascending; one per clean image")
     changes: tuple[str, ...] = Field(
-        default=(), description="honest changes after which at most twice max_fpr are flagged; the scores are raised to that"
+        default=(),
+        exclude_if=is_empty,
+        description="honest changes after which at most twice max_fpr are flagged; the scores are raised to that; left out "
+        "if there are none",
     )
 
     @model_validator(mode="after")
@@ -63,6 +71,11 @@ class Calibration(BaseModel):
     def n(self) -> int:
         """Number of clean images."""
         return len(self.scores)
+
+    @property
+    def words(self) -> str:
+        """What it was made of, and after which honest changes at most twice max_fpr are flagged."""
+        return f"{self.source}; quiet after {', '.join(self.changes)}" if self.changes else self.source
 
     @property
     def smallest_budget(self) -> float:

@@ -70,7 +70,7 @@ def _task(task: Task) -> str:
 def _calibration(calibration: Calibration) -> str:
     middle, top = (calibration.scores[int(share * (calibration.n - 1))] for share in (0.5, 0.99))
     return (
-        f"{calibration.n} scores ({calibration.source}), half below {middle:.4g}, 99% below {top:.4g}, "
+        f"{calibration.n} scores ({calibration.words}), half below {middle:.4g}, 99% below {top:.4g}, "
         f"smallest max_fpr {calibration.smallest_budget:.2g}"
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model_store.calibration import Calibration
+from model_store.calibration import Calibration, is_empty
 from model_store.errors import BundleError
 from model_store.pixels import PixelRule
 
@@ -147,7 +147,9 @@ class Manifest(_Part):
     files: dict[str, str] = Field(description="path inside the bundle -> sha256, lower-case hex")
     golden: Golden
     provenance: dict[str, Any] = Field(description="recipe, data summary, seeds, library versions, commit")
-    tasks: tuple[Task, ...] = Field(default=(), description="the heads that the bundle carries; left out if there are none")
+    tasks: tuple[Task, ...] = Field(
+        default=(), exclude_if=is_empty, description="the heads that the bundle carries; left out if there are none"
+    )
 
     @model_validator(mode="after")
     def _one_head_a_task(self) -> Manifest:
@@ -157,9 +159,7 @@ class Manifest(_Part):
 
     def sealed_bytes(self) -> bytes:
         """The bytes of `manifest.json`, with `digest` filled in."""
-        # Without heads the file is what programs that know none can read.
-        left_out = None if self.tasks else {"tasks"}
-        text = self.model_copy(update={"digest": _UNSEALED}).model_dump_json(indent=1, exclude=left_out)
+        text = self.model_copy(update={"digest": _UNSEALED}).model_dump_json(indent=1)
         unsealed = text.encode("utf-8")
         digest = hashlib.sha256(unsealed).hexdigest()
         return unsealed.replace(_UNSEALED.encode(), digest.encode(), 1)

@@ -83,7 +83,7 @@ def _reject_flagged(judged: list[Judged]) -> None:
     if flagged:
         first = judged[flagged[0]].verdict
         raise AdversarialSuspected(
-            f"image {flagged[0]}: only {first.p_value:.2g} of clean images look at least as suspicious",
+            f"image {flagged[0]}: at most {first.p_value:.2g} of clean images look at least as suspicious",
             index=flagged[0],
             p_value=first.p_value,
             detector=first.detector,

@@ -20,7 +20,7 @@ class Dae(BaseModel):
     """The verdict on one image: is it a downstream-agnostic adversarial example?"""
 
     flagged: bool = Field(description="whether p_value is at most the operator's max_fpr")
-    p_value: float = Field(description="share of clean images that look at least as suspicious, in (0, 1]")
+    p_value: float = Field(description="of clean images at most this share look at least as suspicious, in (0, 1]")
     score: float | None = Field(description="the detector's score, higher = more suspicious; null if it is not finite")
     detector: str = Field(description="the rule that made the score")
     confidence: dict[str, float | None] = Field(
