@@ -4,8 +4,9 @@ The operator chooses a false-positive budget, never a threshold. Split-conformal
 Learning in a Random World", ch. 2): for a fresh clean image exchangeable with the calibration images, P(p <= a) <= a.
 
 A table may promise more: that of fresh images after an honest change (`model_store.honest`) at most 2 a have p <= a, for each
-kind of change on its own. Its scores are then raised to those of the changed copies of calibration images, and of clean
-images fewer than a have p <= a. Target d of the project is this promise; small pictures pay for it with attacks unseen.
+kind of change on its own, and for the smallest a, of which single images decide, for all kinds together. Its scores are
+then raised to those of changed copies of calibration images, and of clean images fewer than a have p <= a. Tiny pictures
+pay for that with attacks unseen.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model_store.errors import TwogateError
 
+_FEWEST = 5
+"""Copies of a kind of change above a score, that this kind may decide alone."""
+
 
 def is_empty(values: tuple[object, ...]) -> bool:
     """For optional fields: a manifest without them is what programs that do not know them can read."""
     return not values
+
+
+def _exceeded(scores: NDArray[np.float64], share: NDArray[np.float64], fewest: int) -> NDArray[np.float64]:
+    """What each share of ascending scores [m] exceeds, one fresh score counted in; -inf where that are fewer than `fewest`,
+    or all of them. A share of less than one score counts as one."""
+    # A whisker more, because a product may be a rounded integer.
+    above = np.maximum(np.floor(share * (len(scores) + 1) + 1e-9).astype(int), 1)
+    return np.where((above >= fewest) & (above <= len(scores)), scores[-np.minimum(above, len(scores))], -np.inf)
 
 
 class BudgetTooSmall(TwogateError):
@@ -55,16 +67,20 @@ class Calibration(BaseModel):
     def of(cls, source: str, clean: ArrayLike, changed: Mapping[str, ArrayLike] | None = None) -> Calibration:
         """From the scores [n] of clean images in any order, and those [m] of copies of some of them by honest change.
 
-        A kind of change with m copies bounds the budgets from 1 / (2 (m + 1)) on: half as many as there are clean images
-        bound all that these support, and below that the kind's highest score is the best that is known.
+        Twice a budget of the copies may be above: of each kind's, where these are five or more, and for smaller budgets of
+        all kinds' together. Fewer of one kind are the accident of a picture, and the largest of many such accidents would let
+        attacks pass that hardly an honest picture is as loud as.
         """
         table = np.sort(np.asarray(clean, np.float64))
         share = np.arange(len(table), 0, -1) / (len(table) + 1)  # of images that may be above each score
-        for scores in (changed or {}).values():
-            copies = np.sort(np.asarray(scores, np.float64))
-            # As many of the copies may lie above; a whisker more, because 2 * share * (m + 1) may be a rounded integer.
-            above = np.maximum(np.floor(2 * share * (len(copies) + 1) + 1e-9).astype(int), 1)
-            table = np.where(above <= len(copies), np.maximum(table, copies[-np.minimum(above, len(copies))]), table)
+        kinds = [np.sort(np.asarray(scores, np.float64)) for scores in (changed or {}).values()]
+        if kinds:
+            pooled = np.sort(np.concatenate(kinds))
+            table = np.maximum(table, _exceeded(pooled, 2 * share, 1))
+            for copies in kinds:
+                table = np.maximum(table, _exceeded(copies, 2 * share, _FEWEST))
+            # A smaller budget never flags what a larger one lets pass.
+            table = np.maximum.accumulate(table)
         return cls(source=source, scores=tuple(table.tolist()), changes=tuple(changed or ()))
 
     @property

@@ -35,8 +35,8 @@ def changed_each_way(images: NDArray[np.uint8], seed: int) -> Iterator[tuple[str
 
 
 def to_be_changed(n: int) -> NDArray[np.int64]:
-    """Which of n calibration images to change: half of them, which bounds every budget that n supports, and 500 at most,
-    which bounds those from 0.001 on."""
+    """Which of n calibration images to change: half of them, which can tell twice a budget as well as all can tell the
+    budget, and 500 at most: each kind then decides alone from 0.005 on."""
     return np.linspace(0, n - 1, min((n + 1) // 2, 500)).round().astype(np.int64)
 
 
