@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED, load_task
 from hardening.recipe import RecipeError
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
+from model_store.honest import KINDS
 from model_store.manifest import MODEL_FILE
 from model_store.store import publishing
 from tests.conftest import REPOSITORY
@@ -107,7 +109,7 @@ def test_white_box_is_at_least_as_strong_as_grey(records: list[Record]) -> None:
 def test_what_an_attacker_aims_at(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:
     bundle = load_bundle(toy_bundles[0])
     graph = Graph(bundle.model)
-    task = load_task("patterns", task_folder, graph, bundle.manifest, SIZES["smoke"], tmp_path, "cpu", QuietBars())
+    task = load_task("patterns", task_folder, graph, bundle, SIZES["smoke"], tmp_path, "cpu", QuietBars())
     images = as_input(task.images[:6])
     served, mixture, blind = (
         target_of(graph, task, bundle.manifest, attack).see(images)
@@ -120,6 +122,23 @@ def test_what_an_attacker_aims_at(toy_bundles: tuple[Path, Path], task_folder: P
     torch.testing.assert_close(blind.require_fused(), served.require_fused())
     assert torch.isnan(blind.score).all()
     assert not blind.features
+
+
+def test_recalibrated_is_what_recalibrate_would_promise(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
+) -> None:
+    bundle = load_bundle(toy_bundles[0])
+    loud = Calibration.of("few", bundle.manifest.calibration.scores, dict.fromkeys(KINDS, (0.0,)))
+    quiet = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"calibration": loud}))
+    graph = Graph(bundle.model)
+    plain, raised = (
+        load_task("patterns", task_folder, graph, which, SIZES["smoke"], tmp_path, "cpu", QuietBars()).own_calibration
+        for which in (bundle, quiet)
+    )
+    assert (plain.changes, raised.changes) == ((), KINDS)
+    clean, quieter = np.array(plain.scores), np.array(raised.scores)
+    assert (quieter >= clean).all()
+    assert (quieter > clean).any()
 
 
 def test_numbers_hang_together(records: list[Record]) -> None:
