@@ -145,6 +145,13 @@ def load_task(name: str, root: Images, graph: Graph, bundle: Bundle, size: Size,
     """
     manifest = bundle.manifest
     dataset = read_images(root, manifest, into, bars)
+    made_from = manifest.provenance.get("data", {})
+    if dataset.labelled and list(dataset.classes) == made_from.get("classes") and dataset.digest != made_from.get("sha256"):
+        bars.say(
+            f"{name}: has the classes of the images that {manifest.name}/{manifest.version} was made from, and is not that "
+            "folder. Where it holds the same images, heads are fitted on some that encoders were tuned on, and are worse for "
+            "it: give the folder that `twogate harden` was given, with all that was in it"
+        )
     rng = np.random.default_rng(0)
 
     def shuffled(split: str) -> NDArray[np.int64]:

@@ -65,7 +65,7 @@ def toy_bundles(task_folder: Path, trained_toy: Encoder, tmp_path_factory: pytes
             files={},
             golden=golden(model, rule),
             provenance={
-                "data": {"sha256": dataset.digest},
+                "data": dataset.summary(),
                 "recipe": {"splits": SPLITS.model_dump(mode="json")},
             },
         )

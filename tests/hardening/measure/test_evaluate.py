@@ -124,6 +124,24 @@ def test_what_an_attacker_aims_at(toy_bundles: tuple[Path, Path], task_folder: P
     assert not blind.features
 
 
+def test_another_folder_of_the_same_classes_is_told(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
+) -> None:
+    bundle = load_bundle(toy_bundles[0])
+    graph = Graph(bundle.model)
+
+    def said(folder: Path, into: str) -> list[str]:
+        bars = QuietBars()
+        load_task("patterns", folder, graph, bundle, SIZES["smoke"], tmp_path / into, "cpu", bars)
+        return bars.said
+
+    assert said(task_folder, "there") == []
+    folder = shutil.copytree(task_folder, tmp_path / "fewer")
+    next((folder / "train").glob("*/*")).unlink()
+    (line,) = said(folder, "here")
+    assert "give the folder that `twogate harden` was given" in line
+
+
 def test_recalibrated_is_what_recalibrate_would_promise(
     toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
 ) -> None:
