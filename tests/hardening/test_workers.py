@@ -81,10 +81,18 @@ def parent(folder: Path) -> Iterator[psutil.Process]:
         process.wait()
 
 
+def command(process: psutil.Process) -> str:
+    """Its command line; none where it is gone, as a helper of short life may be by now."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def workers_of(there: psutil.Process, count: int = 2) -> list[psutil.Process]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        found = [child for child in there.children() if "spawn_main" in " ".join(child.cmdline())]
+        found = [child for child in there.children() if "spawn_main" in command(child)]
         if len(found) == count:
             return found
         time.sleep(0.02)
