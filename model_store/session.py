@@ -43,21 +43,7 @@ class GateSession:
     """
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # An idle server must not spin; and memory taken for one large batch must go back.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.enable_cpu_mem_arena = False
-        # Never let the bytes choose another format: what was checked is an ONNX model.
-        options.add_session_config_entry("session.load_model_format", "ONNX")
-        _keep_little_freed_memory()
-        try:
-            self._session = ort.InferenceSession(bundle.model, options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            raise BundleError(MODEL_FILE, f"ONNX Runtime cannot load it ({type(error).__name__})") from error
-        _give_back_freed_memory()
+        self._session = open_session(bundle.model, threads, providers)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         check_signature(self._session, bundle.manifest)
 
@@ -65,6 +51,28 @@ class GateSession:
         """Answer for uint8 pictures [N, H, W, 3], RGB, made by the bundle's pixel rule."""
         embedding, confidence, score = self._session.run(list(OUTPUTS), {"images": images})
         return GateOutputs(np.asarray(embedding), np.asarray(confidence), np.asarray(score))
+
+
+def open_session(
+    model: bytes, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)
+) -> ort.InferenceSession:
+    """An ONNX Runtime session that keeps no more memory than it needs. BundleError where the graph cannot be loaded."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # An idle server must not spin; and memory taken for one large batch must go back.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_cpu_mem_arena = False
+    # Never let the bytes choose another format: what was checked is an ONNX model.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    _keep_little_freed_memory()
+    try:
+        session = ort.InferenceSession(model, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise BundleError(MODEL_FILE, f"ONNX Runtime cannot load it ({type(error).__name__})") from error
+    _give_back_freed_memory()
+    return session
 
 
 def _keep_little_freed_memory() -> None:

@@ -59,7 +59,7 @@ def measure_querying(
 ) -> None:
     """Measure each search that is not in `folder` yet, on the first images of a task that are classified right."""
     graph, manifest = Graph(bundle.model).to(device), bundle.manifest
-    task = load_task(name, root, graph, bundle, SIZES[size], out / "data" / name, device, bars)
+    task = load_task(name, root, graph, manifest, SIZES[size], out / "data" / name, device, bars)
 
     def classify(images: NDArray[np.uint8]) -> NDArray[np.int64]:
         return task.predictions(graph_values(graph, images, device, bars, "asking the heads"), manifest)[GUARDED]

@@ -133,7 +133,7 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
     size = plan.size
     bundle = load_bundle(plan.bundle)
     graph = Graph(bundle.model, victim).to(plan.device)
-    task = load_task(name, root, graph, bundle, size, plan.out / "data" / name, plan.device, bars)
+    task = load_task(name, root, graph, bundle.manifest, size, plan.out / "data" / name, plan.device, bars)
     if task.victim_head is None and (plan.knowing or plan.rivals or plan.convergence):
         raise RecipeError(f"{name}: adaptive attacks, other detectors and convergence need labelled images, train/<class>/*")
     room = _Room(plan, size, bundle, graph, task, bars)
@@ -159,7 +159,7 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
             theirs = Graph(other.model).to(plan.device)
             # The attacker's own heads, on his own branches.
             folder = plan.out / "data" / name
-            heads = load_task(name, root, theirs, other, size, folder, plan.device, bars)
+            heads = load_task(name, root, theirs, other.manifest, size, folder, plan.device, bars)
             known.append(_Known(theirs, other, heads))
         room.attack_knowing("grey box" if len(known) == 1 else f"grey box of {len(known)}", known)
 

@@ -18,11 +18,9 @@ from hardening.heads import Linear, train_heads
 from hardening.measure.sizes import Size
 from hardening.progress import Bars
 from hardening.recipe import RecipeError, Splits
-from model_store.bundle import Bundle
 from model_store.calibration import Calibration
 from model_store.honest import KINDS, changed_each_way, to_be_changed
 from model_store.manifest import Manifest
-from model_store.session import GateSession
 
 UNDEFENDED = "undefended victim"
 GUARDED = "three branches, guarded"
@@ -38,7 +36,6 @@ SYSTEMS = (
 )
 Images = Path | data.Dataset
 """A task's folder, or its images in the splits of the very run that made the bundle."""
-_BATCH = 64
 _UNSEEN = Splits(local=0.15, validation=0.08, fit=0.47, calibration=0.3)
 
 
@@ -138,12 +135,13 @@ def attackers_images(root: Images, manifest: Manifest, most: int, into: Path, ba
     return np.asarray(dataset.images[np.sort(np.random.default_rng(0).permutation(pool)[:most])])
 
 
-def load_task(name: str, root: Images, graph: Graph, bundle: Bundle, size: Size, into: Path, device: str, bars: Bars) -> Task:
+def load_task(
+    name: str, root: Images, graph: Graph, manifest: Manifest, size: Size, into: Path, device: str, bars: Bars
+) -> Task:
     """Read a task's folder (train/<class>/*, test/<class>/*) and fit its heads on clean images that no encoder was tuned on.
 
     Images without classes get no heads: what the detector makes of them can be measured all the same.
     """
-    manifest = bundle.manifest
     dataset = read_images(root, manifest, into, bars)
     made_from = manifest.provenance.get("data", {})
     if dataset.labelled and list(dataset.classes) == made_from.get("classes") and dataset.digest != made_from.get("sha256"):
@@ -174,12 +172,9 @@ def load_task(name: str, root: Images, graph: Graph, bundle: Bundle, size: Size,
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
     changed = {}
     if manifest.calibration.changes:
-        # Nothing but scores is needed, which ONNX Runtime has several times sooner than torch on two cores.
-        session = GateSession(bundle, threads=torch.get_num_threads())
         with bars.task(f"{name}: own calibration, honestly changed", len(KINDS)) as progress:
             for kind, copies in changed_each_way(dataset.images[own][to_be_changed(len(own))], 0):
-                parts = [session.run(copies[start : start + _BATCH]).score for start in range(0, len(copies), _BATCH)]
-                changed[kind] = np.concatenate(parts)
+                changed[kind] = run_uint8(graph, copies, ("score",), device)["score"].numpy()
                 progress.advance()
     other = np.roll(np.arange(len(test)), 1)
     if len(np.unique(labels)) > 1:

@@ -19,7 +19,7 @@ from hardening.calibrate import Calibrated, calibrate
 from hardening.data import Dataset
 from hardening.encoders import Encoder, as_input, draw_key
 from hardening.export import check_parity, export
-from hardening.graph import OUTPUTS, Graph, GraphError, _Step, run_uint8
+from hardening.graph import OUTPUTS, Graph, GraphError, _Step, run_torch, run_uint8
 from tests.hardening.conftest import QuietBars
 
 
@@ -36,9 +36,23 @@ def model(toy_calibrated: Calibrated, pictures: NDArray[np.uint8]) -> bytes:
 def test_answers_as_onnx_runtime(model: bytes, pictures: NDArray[np.uint8]) -> None:
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     expected = session.run(list(OUTPUTS), {"images": pictures})
-    found = run_uint8(Graph(model), pictures, OUTPUTS, batch=3)
+    found = run_torch(Graph(model), pictures, OUTPUTS, batch=3)
     for name, want in zip(OUTPUTS, expected, strict=True):
         np.testing.assert_allclose(found[name].numpy(), want, rtol=0, atol=1e-4 if name == "embedding" else 1e-3)
+
+
+def test_is_measured_as_it_is_served(model: bytes, pictures: NDArray[np.uint8]) -> None:
+    """Values from within the graph too, and those of a victim that it was shipped without; also of a copy."""
+    graph = Graph(model)
+    wanted = (*graph.feature_names.values(), *OUTPUTS)
+    victim = graph.encoder(TRIPWIRE)
+    for one, names in ((graph, wanted), (Graph(model, victim), (TRIPWIRE, "score")), (Graph(model, victim), (TRIPWIRE,))):
+        expected = run_torch(one, pictures, names)
+        for answering in (one, copy.deepcopy(one)):
+            found = run_uint8(answering, pictures, names)
+            assert found.keys() == set(names)
+            for name in names:
+                np.testing.assert_allclose(found[name].numpy(), expected[name].numpy(), rtol=0, atol=1e-3)
 
 
 def test_what_no_later_step_reads_does_not_stay_in_memory(
@@ -54,7 +68,7 @@ def test_what_no_later_step_reads_does_not_stay_in_memory(
         return values
 
     monkeypatch.setattr(_Step, "__call__", watched)
-    run_uint8(graph, pictures[:2], OUTPUTS)
+    run_torch(graph, pictures[:2], OUTPUTS)
     assert most[0] < 0.25 * len(made)
 
 
@@ -67,9 +81,9 @@ def test_a_keyed_branch_answers_as_onnx_runtime(toy_calibrated: Calibrated, pict
     check_parity(gate, model, pictures)
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     (expected,) = session.run(["score"], {"images": pictures})
-    found = run_uint8(Graph(model), pictures, ("score",))["score"]
+    found = run_torch(Graph(model), pictures, ("score",))["score"]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
-    plain = run_uint8(Graph(export(copy.deepcopy(toy_calibrated.gate), pictures[:2])), pictures, ("score",))["score"]
+    plain = run_torch(Graph(export(copy.deepcopy(toy_calibrated.gate), pictures[:2])), pictures, ("score",))["score"]
     assert not np.allclose(found.numpy(), plain.numpy(), atol=1e-3)
 
 
@@ -178,7 +192,7 @@ def test_max_pooling_answers_as_onnx_runtime(pads: tuple[int, ...]) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     images = np.random.default_rng(0).integers(0, 256, (2, 9, 10, 3), dtype=np.uint8)
     (expected,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(["score"], {"images": images})
-    np.testing.assert_allclose(run_uint8(Graph(model), images, ("score",))["score"].numpy(), expected, atol=1e-3)
+    np.testing.assert_allclose(run_torch(Graph(model), images, ("score",))["score"].numpy(), expected, atol=1e-3)
 
 
 def test_unknown_branch_says_what_there_is(model: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,7 +108,7 @@ def test_white_box_is_at_least_as_strong_as_grey(records: list[Record]) -> None:
 def test_what_an_attacker_aims_at(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:
     bundle = load_bundle(toy_bundles[0])
     graph = Graph(bundle.model)
-    task = load_task("patterns", task_folder, graph, bundle, SIZES["smoke"], tmp_path, "cpu", QuietBars())
+    task = load_task("patterns", task_folder, graph, bundle.manifest, SIZES["smoke"], tmp_path, "cpu", QuietBars())
     images = as_input(task.images[:6])
     served, mixture, blind = (
         target_of(graph, task, bundle.manifest, attack).see(images)
@@ -132,7 +131,7 @@ def test_another_folder_of_the_same_classes_is_told(
 
     def said(folder: Path, into: str) -> list[str]:
         bars = QuietBars()
-        load_task("patterns", folder, graph, bundle, SIZES["smoke"], tmp_path / into, "cpu", bars)
+        load_task("patterns", folder, graph, bundle.manifest, SIZES["smoke"], tmp_path / into, "cpu", bars)
         return bars.said
 
     assert said(task_folder, "there") == []
@@ -147,11 +146,11 @@ def test_recalibrated_is_what_recalibrate_would_promise(
 ) -> None:
     bundle = load_bundle(toy_bundles[0])
     loud = Calibration.of("few", bundle.manifest.calibration.scores, dict.fromkeys(KINDS, (0.0,)))
-    quiet = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"calibration": loud}))
+    quiet = bundle.manifest.model_copy(update={"calibration": loud})
     graph = Graph(bundle.model)
     plain, raised = (
         load_task("patterns", task_folder, graph, which, SIZES["smoke"], tmp_path, "cpu", QuietBars()).own_calibration
-        for which in (bundle, quiet)
+        for which in (bundle.manifest, quiet)
     )
     assert (plain.changes, raised.changes) == ((), KINDS)
     clean, quieter = np.array(plain.scores), np.array(raised.scores)
