@@ -26,11 +26,12 @@ def recalibrate(
     from, so that about max_fpr of the clean images of *this* domain are flagged. Bring images that are like those to come,
     that nobody attacked, and that the bundle was not trained on: 99 for a max_fpr of 0.01, 999 for 0.001. A bundle that is
     calibrated to be quiet on honest changes (JPEG, noise, text and others) stays so: half of the images, 500 at most, are
-    scored after each of them too, which takes several times as long. The new version appears whole or not at all; its folder
-    is printed.
+    scored after each of them too, which takes several times as long; pictures smaller than the graph's input are changed
+    before they are enlarged. The new version appears whole or not at all; its folder is printed.
     """
     from cli.bar import bar
     from model_store.bundle import load_bundle
+    from model_store.recalibrate import USUAL_BUDGET
     from model_store.recalibrate import recalibrate as calibrate_anew
     from model_store.store import resolve
     from service.cores import usable_cores
@@ -56,4 +57,5 @@ def recalibrate(
         typer.echo(f"  max_fpr {budget:g} {supported}", err=True)
     if done.calibration.changes:
         typer.echo(f"  twice that at most after each of {', '.join(done.calibration.changes)}", err=True)
+        typer.echo(f"  of the images themselves, unchanged, {done.quiet:.1%} are flagged at {USUAL_BUDGET:g}", err=True)
     typer.echo(done.place)

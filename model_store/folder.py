@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.errors import ImageError, TwogateError
-from model_store.pixels import PixelRule, decode
+from model_store.pixels import PixelRule, decode, decode_small
 from model_store.session import GateOutputs, GateSession
 
 MAX_FILE_BYTES = 100 * 2**20
@@ -22,6 +22,7 @@ MAX_FILE_BYTES = 100 * 2**20
 MOST_SKIPPED = 0.1
 """A folder of which a larger share is no image is not the folder that was meant."""
 _BATCH = 16
+_Decode = Callable[[bytes, PixelRule], NDArray[np.uint8]]
 
 
 class FolderError(TwogateError):
@@ -122,17 +123,17 @@ def answer_files(
     )
 
 
-def read_pictures(pool: ThreadPoolExecutor, files: Sequence[Path], rule: PixelRule) -> NDArray[np.uint8]:
-    """[N, H, W, 3] of files that were answered before; FolderError where one is no image any more."""
+def read_small(pool: ThreadPoolExecutor, files: Sequence[Path], rule: PixelRule) -> list[NDArray[np.uint8]]:
+    """`decode_small` of files that were answered before; FolderError where one is no image any more."""
     pictures = []
-    for path, (_, picture) in zip(files, pool.map(lambda file: _picture(file, rule), files), strict=True):
+    for path, (_, picture) in zip(files, pool.map(lambda file: _picture(file, rule, decode_small), files), strict=True):
         if isinstance(picture, str):
             raise FolderError(f"{path} has changed meanwhile: {picture}")
         pictures.append(picture)
-    return np.stack(pictures)
+    return pictures
 
 
-def _picture(path: Path, rule: PixelRule) -> tuple[str, NDArray[np.uint8] | str]:
+def _picture(path: Path, rule: PixelRule, decode: _Decode = decode) -> tuple[str, NDArray[np.uint8] | str]:
     """sha256 of the file and the decoded picture, or why there is none."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:

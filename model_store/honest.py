@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+
+from model_store.pixels import PixelRule, to_input
 
 _RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
@@ -26,12 +28,16 @@ def changed_at_random(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
     return np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in changed])
 
 
-def changed_each_way(images: NDArray[np.uint8], seed: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Every kind of change by its name, with all images [N, H, W, 3] uint8 after it, of a strength drawn for each."""
+def changed_each_way(
+    images: Sequence[NDArray[np.uint8]], seed: int, rule: PixelRule
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Every kind of change by its name, with all N images after it as the graph's input [N, H, W, 3] uint8.
+
+    Images [h, w, 3] uint8 are changed at their own sizes; the strength is drawn for each.
+    """
     for number, (name, change) in enumerate(_KINDS.items()):
         rng = np.random.default_rng((seed, number))
-        changed = [change(Image.fromarray(image), rng).convert("RGB") for image in images]
-        yield name, np.stack([np.asarray(image, dtype=np.uint8) for image in changed])
+        yield name, np.stack([to_input(change(Image.fromarray(image), rng), rule) for image in images])
 
 
 def to_be_changed(n: int) -> NDArray[np.int64]:

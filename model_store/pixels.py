@@ -146,7 +146,31 @@ def decode(data: bytes, rule: PixelRule, limits: Limits | None = None) -> NDArra
 
     Raises UnsupportedMedia, ImageTooLarge or UndecodableImage; never returns a partly decoded picture.
     """
-    _, image = _open(data, limits or Limits())
+    return _decode(data, rule, limits or Limits(), enlarge=True)
+
+
+def decode_small(data: bytes, rule: PixelRule, limits: Limits | None = None) -> NDArray[np.uint8]:
+    """`decode`, but a picture both of whose sides are smaller than the input's stays as it is, [h, w, 3].
+
+    What happens to such a picture on its way happens to its own pixels, before they are enlarged.
+    """
+    return _decode(data, rule, limits or Limits(), enlarge=False)
+
+
+def to_input(picture: Image.Image, rule: PixelRule) -> NDArray[np.uint8]:
+    """An opaque picture as the graph's input, uint8 [height, width, 3], RGB."""
+    # Pillow copies a picture that it converts to what it is.
+    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    return np.asarray(rgb.resize((rule.width, rule.height), _RESAMPLING[rule.resample]), dtype=np.uint8)
+
+
+def decode_file(path: Path, rule: PixelRule, limits: Limits | None = None) -> NDArray[np.uint8]:
+    """`decode` for a file; OSError where it cannot be read."""
+    return decode(path.read_bytes(), rule, limits)
+
+
+def _decode(data: bytes, rule: PixelRule, limits: Limits, enlarge: bool) -> NDArray[np.uint8]:
+    _, image = _open(data, limits)
     with image:
         try:
             # The longer side both ways: a photo stored sideways has the sides of the input swapped.
@@ -154,15 +178,11 @@ def decode(data: bytes, rule: PixelRule, limits: Limits | None = None) -> NDArra
             image.draft(None, (enough, enough))
             image.load()
             picture = _to_rgb(_upright(image), rule.background)
-            resized = picture.resize((rule.width, rule.height), _RESAMPLING[rule.resample])
+            if not enlarge and picture.width < rule.width and picture.height < rule.height:
+                return np.asarray(picture, dtype=np.uint8)
+            return to_input(picture, rule)
         except _DECODE_ERRORS:
             raise UndecodableImage("the image is damaged or truncated") from None
-    return np.asarray(resized, dtype=np.uint8)
-
-
-def decode_file(path: Path, rule: PixelRule, limits: Limits | None = None) -> NDArray[np.uint8]:
-    """`decode` for a file; OSError where it cannot be read."""
-    return decode(path.read_bytes(), rule, limits)
 
 
 def _open(data: bytes, limits: Limits) -> tuple[str, ImageFile.ImageFile]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model_store.bundle import Bundle
 from model_store.calibration import BudgetTooSmall, Calibration
-from model_store.folder import Answers, FolderError, answer_files, files_below, read_pictures
+from model_store.folder import Answers, FolderError, answer_files, files_below, read_small
 from model_store.honest import KINDS, changed_each_way, to_be_changed
 from model_store.pixels import PixelRule
 from model_store.revise import revise
@@ -44,6 +44,11 @@ class Recalibrated:
     """The folder of the new version."""
     calibration: Calibration
     answers: Answers
+
+    @property
+    def quiet(self) -> float:
+        """The share of the images themselves that a max_fpr of 0.01 flags: less, the more changes raised the table."""
+        return float((self.calibration.p_value(self.answers.score) <= USUAL_BUDGET).mean())
 
 
 def recalibrate(
@@ -98,12 +103,12 @@ the calibration of before.
 def _scores_after_changes(
     session: GateSession, rule: PixelRule, files: Sequence[Path], threads: int, advance: Callable[[], None]
 ) -> dict[str, NDArray[np.float32]]:
-    """Scores [M] of the pictures in M files after each kind of honest change."""
+    """Scores [M] of the pictures in M files after each kind of honest change, made before a small one is enlarged."""
     scores: dict[str, list[NDArray[np.float32]]] = {kind: [] for kind in KINDS}
     with ThreadPoolExecutor(threads, thread_name_prefix="twogate-decode") as pool:
         for start in range(0, len(files), _BATCH):
-            pictures = read_pictures(pool, files[start : start + _BATCH], rule)
-            for kind, changed in changed_each_way(pictures, start):
+            pictures = read_small(pool, files[start : start + _BATCH], rule)
+            for kind, changed in changed_each_way(pictures, start, rule):
                 scores[kind].append(session.run(changed).score)
                 for _ in changed:
                     advance()

@@ -1,39 +1,47 @@
-"""Honest changes: what happens to pictures without any attack, made on the decoded tensors at the input's size."""
+"""Honest changes: what happens to pictures without any attack, made on decoded ones."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
+from model_store.pixels import PixelRule, to_input
+
 Change = Callable[[Image.Image], Image.Image]
 
 
-def honest_changes(images: NDArray[np.uint8], seed: int) -> dict[str, NDArray[np.uint8]]:
-    """Name -> changed images, uint8 [N, H, W, 3]; `images` of the same shape.
+def honest_changes(images: Sequence[NDArray[np.uint8]], seed: int, rule: PixelRule) -> dict[str, NDArray[np.uint8]]:
+    """Name -> N images [h, w, 3] after a change at their own sizes, as the graph's input, uint8 [N, H, W, 3].
 
     Kinds that `model_store.honest` draws from, and two that no detector was ever shown: WebP and rotation.
     """
 
     def each(change: Change) -> NDArray[np.uint8]:
-        return np.stack([np.asarray(change(Image.fromarray(image)).convert("RGB"), dtype=np.uint8) for image in images])
+        return np.stack([to_input(change(Image.fromarray(image)), rule) for image in images])
 
-    noise = np.random.default_rng(seed).normal(0, 1, images.shape)
+    rng = np.random.default_rng(seed)
+    grains = [rng.normal(0, 1, image.shape) for image in images]
+
+    def computed(change: Callable[[NDArray[np.uint8], NDArray[np.float64]], NDArray[np.floating[Any]]]) -> NDArray[np.uint8]:
+        changed = [change(image, grain) for image, grain in zip(images, grains, strict=True)]
+        return np.stack([to_input(Image.fromarray(_to_uint8(image)), rule) for image in changed])
+
     return {
         **{f"JPEG quality {quality}": each(_jpeg(quality)) for quality in (95, 75, 50, 30)},
         "half size and back": each(_rescaled(0.5)),
         "double size and back": each(_rescaled(2.0)),
-        "noise, sigma 8": _to_uint8(images + 8 * noise),
-        "noise, sigma 1": _to_uint8(images + noise),
-        "shot noise": _to_uint8(images + 4 * np.sqrt(images / 128) * noise),
+        "noise, sigma 8": computed(lambda image, grain: image + 8 * grain),
+        "noise, sigma 1": computed(lambda image, grain: image + grain),
+        "shot noise": computed(lambda image, grain: image + 4 * np.sqrt(image / 128) * grain),
         "blur, sigma 1": each(lambda image: image.filter(ImageFilter.GaussianBlur(1))),
         "sharpened": each(lambda image: image.filter(ImageFilter.UnsharpMask(2, 150, 0))),
-        "brightness x 0.7": _to_uint8(images * 0.7),
-        "brightness x 1.3": _to_uint8(images * 1.3),
+        "brightness x 0.7": computed(lambda image, _: image * 0.7),
+        "brightness x 1.3": computed(lambda image, _: image * 1.3),
         "contrast x 1.4": each(lambda image: ImageEnhance.Contrast(image).enhance(1.4)),
         "64 colours": each(_few_colours),
         "WebP quality 80": each(_webp),

@@ -210,7 +210,7 @@ class _Room:
         for name, table in tables.items():
             for budget, value in flagged(table, values["score"].numpy()).items():
                 add(f"fpr@{budget:g}", name, value, n=more)
-        for change, images in honest_changes(task.images, 0).items():
+        for change, images in honest_changes(task.small_images, 0, self.manifest.pixels).items():
             score = self.values(images, change)["score"].numpy()
             for name, table in tables.items():
                 for budget, value in flagged(table, score).items():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 from PIL import Image
 
 from model_store.bundle import load_bundle, verify_bundle
+from model_store.calibration import Calibration
+from model_store.honest import KINDS
+from model_store.revise import revise
 from model_store.store import versions
 from tests.cli.conftest import Process, Twogate
 from tests.conftest import REPOSITORY
@@ -41,6 +45,17 @@ def test_it_publishes_and_says_what_is_promised(twogate: Twogate, own_store: Pat
     verify_bundle(own_store / "tiny/3")
     manifest = load_bundle(own_store / "tiny/3").manifest
     assert (manifest.calibration.n, manifest.calibration.source) == (120, "120 clean images, the folder scans")
+
+
+def test_it_says_what_being_quiet_on_changes_leaves(twogate: Twogate, own_store: Path, scans: Path) -> None:
+    bundle = load_bundle(own_store / "tiny/2")
+    table = Calibration.of("few", bundle.manifest.calibration.scores, dict.fromkeys(KINDS, (0.0,)))
+    revise(bundle, own_store, fields={"calibration": table}, card="", record={})
+    result = twogate("recalibrate", "tiny/3", "--data", scans, "--store", own_store)
+    assert result.exit_code == 0, result.stderr
+    changes, left = result.stderr.splitlines()[-2:]
+    assert changes == f"  twice that at most after each of {', '.join(KINDS)}"
+    assert re.fullmatch(r"  of the images themselves, unchanged, 0\.[08]% are flagged at 0\.01", left)
 
 
 def test_too_few_images_are_refused_unless_allowed(process: Process, own_store: Path, scans: Path) -> None:

@@ -13,6 +13,7 @@ from hardening.data import Dataset
 from hardening.encoders import Encoder, ScaledConv2d, features
 from hardening.recipe import RecipeError
 from model_store.honest import KINDS, changed_each_way
+from model_store.pixels import PixelRule
 from tests.hardening.conftest import QuietBars
 
 
@@ -140,7 +141,7 @@ def test_a_calibration_on_changes_is_quiet_on_each_of_them(
     assert (np.array(quiet.calibration.scores) >= loud.calibration.scores).all()
     fresh = np.concatenate([toy_dataset.take(name)[0] for name in ("test", "local")])
     flagged = {}
-    for kind, changed in changed_each_way(fresh, 1):
+    for kind, changed in changed_each_way(fresh, 1, PixelRule(height=fresh.shape[1], width=fresh.shape[2])):
         score = run_gate(quiet.gate, changed, "cpu", bars, kind)[2]
         flagged[kind] = [(table.calibration.p_value(score) <= 0.05).mean() for table in (loud, quiet)]
     before, after = np.array(list(flagged.values())).T

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model_store.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedMedia
-from model_store.pixels import ACCEPTED, Limits, PixelRule, decode, decode_file, read_header, sniff
+from model_store.pixels import ACCEPTED, Limits, PixelRule, decode, decode_file, decode_small, read_header, sniff, to_input
 
 RULE = PixelRule(height=32, width=32)
 
@@ -187,6 +187,15 @@ def test_the_scale_never_goes_below_the_factor(factor: int, monkeypatch: pytest.
 
 def test_a_picture_smaller_than_the_input_is_enlarged() -> None:
     assert_colour(decode(encoded(flat("RGB", (1, 2, 3), 8), "PNG"), RULE), (1, 2, 3))
+
+
+@pytest.mark.parametrize("size", [(16, 31), (16, 32), (40, 16), (100, 90)])
+def test_only_a_small_picture_can_stay_as_it_is(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels), "PNG")
+    found = decode_small(data, RULE)
+    np.testing.assert_array_equal(found, pixels if max(size) < 32 else decode(data, RULE))
+    np.testing.assert_array_equal(to_input(Image.fromarray(found), RULE), decode(data, RULE))
 
 
 def test_the_whole_picture_is_seen() -> None:

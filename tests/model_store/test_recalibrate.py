@@ -12,11 +12,14 @@ from model_store.bundle import load_bundle, verify_bundle
 from model_store.calibration import BudgetTooSmall, Calibration
 from model_store.folder import FolderError
 from model_store.honest import KINDS, changed_each_way
+from model_store.pixels import PixelRule, to_input
 from model_store.recalibrate import recalibrate
 from model_store.revise import revise
 from model_store.session import GateSession
 from model_store.store import versions
 from tests.support.tiny_bundle import make_tiny_bundle, noisy_images, smooth_images
+
+RULE = PixelRule(height=32, width=32)
 
 
 def domain(n: int, seed: int) -> NDArray[np.uint8]:
@@ -81,9 +84,28 @@ def test_who_promised_to_be_quiet_on_changes_promises_it_of_the_new_domain(old: 
     session, budget = GateSession(load_bundle(done.place)), 0.05
     fresh = smooth_images(400, 32, seed=6)
     allowed = 2 * budget + 3 * np.sqrt(2 * budget * (1 / 400 + 1 / 151))
-    flagged = {kind: session.run(changed).score for kind, changed in changed_each_way(fresh, 7)}
+    flagged = {kind: session.run(changed).score for kind, changed in changed_each_way(fresh, 7, RULE)}
     assert max((loud.calibration.p_value(score) <= budget).mean() for score in flagged.values()) > 0.5
     assert max((table.p_value(score) <= budget).mean() for score in flagged.values()) <= allowed
+
+
+def test_small_pictures_are_changed_before_they_are_enlarged(quiet: Path, tmp_path: Path) -> None:
+    """Crisp letters on a picture that was enlarged come from nowhere, and a table raised to them lets attacks pass."""
+    small = smooth_images(199, 16, seed=5)
+    large = np.stack([to_input(Image.fromarray(picture), RULE) for picture in small])
+    of_small, of_large = (
+        recalibrate(load_bundle(quiet), tmp_path / name, write(pictures, tmp_path / "pictures" / name)).calibration
+        for name, pictures in (("small", small), ("large", large))
+    )
+    session, budget = GateSession(load_bundle(quiet)), 0.05
+    clean = session.run(large).score
+    assert of_small.smallest_budget == of_large.smallest_budget
+    assert (np.array(of_small.scores) >= np.sort(clean)).all()
+    assert of_small.p_value(np.quantile(of_large.scores, 1 - budget)) < budget
+    fresh = list(smooth_images(200, 16, seed=6))
+    for kind, changed in changed_each_way(fresh, 7, RULE):
+        flagged = (of_small.p_value(session.run(changed).score) <= budget).mean()
+        assert flagged <= 2 * budget + 3 * np.sqrt(2 * budget * (1 / 200 + 1 / 100)), kind
 
 
 def test_a_file_that_is_gone_before_its_changes_are_scored_is_named(quiet: Path, tmp_path: Path) -> None:
