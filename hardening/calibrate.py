@@ -27,7 +27,6 @@ from hardening.progress import Bars
 from hardening.recipe import RecipeError
 from model_store.calibration import Calibration
 from model_store.honest import changed_at_random, changed_each_way, to_be_changed
-from model_store.pixels import PixelRule
 
 _BATCH = 16
 _FOLDS = 5
@@ -78,8 +77,9 @@ def calibrate(
     values = collect(views, images, EMBEDDED, device, bars, "features for the embedding")
     clean, _ = dataset.take("calibration")
     some = to_be_changed(len(clean))
-    rule = PixelRule(height=clean.shape[1], width=clean.shape[2])
-    copies = dict(changed_each_way(list(clean[some]), 2, rule)) if quiet_on_changes else {}
+    copies = {}
+    if quiet_on_changes:
+        copies = dict(changed_each_way(dataset.small(dataset.splits["calibration"][some]), 2, dataset.rule))
     own = any(dataset.paths[i].startswith("calibration/") for i in dataset.splits["calibration"][:1])
     score: NDArray[np.float32] | None = None
     changed: dict[str, NDArray[np.float32]] = {}

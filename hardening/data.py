@@ -22,7 +22,7 @@ from hardening.files import write_atomically
 from hardening.progress import Bars
 from hardening.recipe import RecipeError, Splits
 from model_store.errors import ImageError, TwogateError
-from model_store.pixels import PixelRule, decode
+from model_store.pixels import PixelRule, decode, decode_small
 
 UNLABELLED = -1
 SPLITS = ("public", "local", "validation", "fit", "calibration", "test")
@@ -53,6 +53,9 @@ class Dataset:
     """(path, reason) of files that are no usable image."""
     digest: str
     """sha256 over the bytes of all files used, in order."""
+    root: Path
+    """The data folder."""
+    rule: PixelRule
 
     @property
     def labelled(self) -> bool:
@@ -63,6 +66,10 @@ class Dataset:
         """(images [n, H, W, 3], labels [n]) of a split, in memory."""
         indices = self.splits[split]
         return self.images[indices], self.labels[indices]
+
+    def small(self, which: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """The images at some indices, [H, W, 3]; those smaller than the input as they are, [h, w, 3], from their files."""
+        return [decode_small((self.root / self.paths[index]).read_bytes(), self.rule) for index in which]
 
     def summary(self) -> dict[str, Any]:
         """What the manifest and the card say about the data."""
@@ -115,6 +122,8 @@ def prepare(root: Path, rule: PixelRule, splits: Splits, seed: int, into: Path, 
         splits=chosen,
         skipped=tuple((path, reason) for path, reason in index["skipped"]),
         digest=index["digest"],
+        root=root,
+        rule=rule,
     )
 
 

@@ -21,7 +21,6 @@ from hardening.recipe import RecipeError, Splits
 from model_store.calibration import Calibration
 from model_store.honest import KINDS, changed_each_way, to_be_changed
 from model_store.manifest import Manifest
-from model_store.pixels import decode_small
 
 UNDEFENDED = "undefended victim"
 GUARDED = "three branches, guarded"
@@ -174,15 +173,9 @@ def load_task(
         served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes))
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
     changed = {}
-
-    def small(which: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        if isinstance(root, data.Dataset):
-            return list(root.images[which])
-        return [decode_small((root / dataset.paths[index]).read_bytes(), manifest.pixels) for index in which]
-
     if manifest.calibration.changes:
         with bars.task(f"{name}: own calibration, honestly changed", len(KINDS)) as progress:
-            for kind, copies in changed_each_way(small(own[to_be_changed(len(own))]), 0, manifest.pixels):
+            for kind, copies in changed_each_way(dataset.small(own[to_be_changed(len(own))]), 0, manifest.pixels):
                 changed[kind] = run_uint8(graph, copies, ("score",), device)["score"].numpy()
                 progress.advance()
     other = np.roll(np.arange(len(test)), 1)
@@ -191,7 +184,7 @@ def load_task(
     return Task(
         name=name,
         images=dataset.images[test],
-        small_images=tuple(small(test)),
+        small_images=tuple(dataset.small(test)),
         labels=labels,
         clean_images=dataset.images[clean],
         clean_labels=dataset.labels[clean],

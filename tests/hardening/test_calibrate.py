@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hardening.branches import BMP, BRANCHES, MPAE, train_head
 from hardening.calibrate import Calibrated, assemble, calibrate, collect, run_gate
@@ -13,7 +15,6 @@ from hardening.data import Dataset
 from hardening.encoders import Encoder, ScaledConv2d, features
 from hardening.recipe import RecipeError
 from model_store.honest import KINDS, changed_each_way
-from model_store.pixels import PixelRule
 from tests.hardening.conftest import QuietBars
 
 
@@ -127,12 +128,14 @@ def test_a_calibration_folder_teaches_the_evidence_and_keeps_the_promise(
 
 @pytest.mark.parametrize("folder", ["calibration/", "train/"])
 def test_a_calibration_on_changes_is_quiet_on_each_of_them(
-    toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars, folder: str
+    toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars, folder: str, tmp_path: Path
 ) -> None:
     paths = list(toy_dataset.paths)
+    (tmp_path / folder).mkdir()
     for index in toy_dataset.splits["calibration"]:
         paths[index] = f"{folder}{index}.png"
-    other = dataclasses.replace(toy_dataset, paths=tuple(paths))
+        Image.fromarray(toy_dataset.images[index]).save(tmp_path / paths[index])
+    other = dataclasses.replace(toy_dataset, paths=tuple(paths), root=tmp_path)
     loud, quiet = (
         calibrate(toy_calibrated.gate.views, other, "consistency", "cpu", bars, quiet_on_changes=on) for on in (False, True)
     )
@@ -141,7 +144,7 @@ def test_a_calibration_on_changes_is_quiet_on_each_of_them(
     assert (np.array(quiet.calibration.scores) >= loud.calibration.scores).all()
     fresh = np.concatenate([toy_dataset.take(name)[0] for name in ("test", "local")])
     flagged = {}
-    for kind, changed in changed_each_way(fresh, 1, PixelRule(height=fresh.shape[1], width=fresh.shape[2])):
+    for kind, changed in changed_each_way(list(fresh), 1, toy_dataset.rule):
         score = run_gate(quiet.gate, changed, "cpu", bars, kind)[2]
         flagged[kind] = [(table.calibration.p_value(score) <= 0.05).mean() for table in (loud, quiet)]
     before, after = np.array(list(flagged.values())).T

@@ -220,6 +220,16 @@ def test_the_pixels_are_those_that_the_service_sees(photos: list[Path], tiny_bun
         np.testing.assert_array_equal(image, gate.decode((root / path).read_bytes()), err_msg=path)
 
 
+def test_small_pictures_can_be_had_as_they_are(labelled: Path, tmp_path: Path) -> None:
+    dataset, picked = read(labelled, tmp_path / "data"), np.array([3, 0])
+    large = prepare(labelled, PixelRule(height=40, width=40), SPLITS, 0, tmp_path / "large", QuietBars())
+    for one in (dataset, large):
+        for index, found in zip(picked, one.small(picked), strict=True):
+            with Image.open(labelled / one.paths[index]) as picture:
+                original = np.asarray(picture.convert("RGB"))
+            assert np.array_equal(found, original if one is large else one.images[index])
+
+
 def test_batches_cover_everything_in_the_given_order() -> None:
     assert [b.tolist() for b in batches(5, 2)] == [[0, 1], [2, 3], [4]]
     assert [b.tolist() for b in batches(3, 2, np.array([2, 0, 1]))] == [[2, 0], [1]]
