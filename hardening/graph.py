@@ -26,11 +26,10 @@ from torch.nn import functional as F
 from hardening.branches import BRANCHES, TRIPWIRE
 from hardening.encoders import ScaledConv2d, as_input, features
 from model_store.errors import TwogateError
-from model_store.session import open_session
+from model_store.session import OUTPUTS, open_session
 
-OUTPUTS = ("embedding", "confidence", "score")
 _BATCH = 16
-"""Pictures that ONNX Runtime gets at once: more need more memory, and no less time."""
+"""Pictures that ONNX Runtime gets at once; activations of all of them are in memory."""
 _TYPES = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.DOUBLE: torch.float64,
@@ -225,7 +224,7 @@ class _Step:
         return result if isinstance(result, tuple) else (result,)
 
     def fix_bounds(self, constants: dict[str, Tensor]) -> None:
-        """A clip between numbers: compared with tensors, and with their gradients, it is half of an attack's time."""
+        """A clip between numbers: compared with tensors, and with their gradients, it is much of an attack's time."""
         bounds = [constants[name].item() for name in self.inputs[1:] if name in constants]
         if len(self.inputs) == len(bounds) + 1 == 3:
             low, high = bounds
@@ -446,7 +445,7 @@ _OPERATORS: dict[str, Callable[[list[Any], dict[str, Any]], Any]] = {
 def run_uint8(graph: Graph, images: NDArray[np.uint8], wanted: Sequence[str], device: str = "cpu") -> dict[str, Tensor]:
     """Values of the graph on uint8 images [N, H, W, 3], without gradients, on the CPU.
 
-    As it is served: by ONNX Runtime, which on a CPU has them three times sooner than torch. By torch on an accelerator.
+    As it is served: by ONNX Runtime, which on a CPU is several times quicker than torch. By torch on an accelerator.
     """
     return run_torch(graph, images, wanted, device) if device != "cpu" else graph.run(images, wanted)
 

@@ -19,7 +19,8 @@ from hardening.calibrate import Calibrated, calibrate
 from hardening.data import Dataset
 from hardening.encoders import Encoder, as_input, draw_key
 from hardening.export import check_parity, export
-from hardening.graph import OUTPUTS, Graph, GraphError, _Step, run_torch, run_uint8
+from hardening.graph import Graph, GraphError, _Step, run_torch, run_uint8
+from model_store.session import OUTPUTS
 from tests.hardening.conftest import QuietBars
 
 
