@@ -68,8 +68,17 @@ class Dataset:
         return self.images[indices], self.labels[indices]
 
     def small(self, which: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """The images at some indices, [H, W, 3]; those smaller than the input as they are, [h, w, 3], from their files."""
-        return [decode_small((self.root / self.paths[index]).read_bytes(), self.rule) for index in which]
+        """The images at some indices, [H, W, 3]; those smaller than the input as they are, [h, w, 3], from their files.
+
+        DataError where a file is no image any more.
+        """
+        images = []
+        for path in (self.paths[index] for index in which):
+            try:
+                images.append(decode_small((self.root / path).read_bytes(), self.rule))
+            except (OSError, ImageError) as error:
+                raise DataError(f"{self.root / path} has changed meanwhile: {error}") from None
+        return images
 
     def summary(self) -> dict[str, Any]:
         """What the manifest and the card say about the data."""

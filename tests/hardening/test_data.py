@@ -230,6 +230,16 @@ def test_small_pictures_can_be_had_as_they_are(labelled: Path, tmp_path: Path) -
             assert np.array_equal(found, original if one is large else one.images[index])
 
 
+@pytest.mark.parametrize("data", [None, b"no image"])
+def test_a_file_that_changed_before_it_was_read_again_is_named(tmp_path: Path, data: bytes | None) -> None:
+    dataset = read(write_patterns(tmp_path / "root", train=24, test=5), tmp_path / "data")
+    file = dataset.root / dataset.paths[2]
+    file.unlink() if data is None else file.write_bytes(data)
+    assert len(dataset.small(np.array([1]))) == 1
+    with pytest.raises(DataError, match=f"{file.name} has changed meanwhile"):
+        dataset.small(np.array([1, 2]))
+
+
 def test_batches_cover_everything_in_the_given_order() -> None:
     assert [b.tolist() for b in batches(5, 2)] == [[0, 1], [2, 3], [4]]
     assert [b.tolist() for b in batches(3, 2, np.array([2, 0, 1]))] == [[2, 0], [1]]
