@@ -136,6 +136,11 @@ def prepare(root: Path, rule: PixelRule, splits: Splits, seed: int, into: Path, 
     )
 
 
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of the indices 0..count-1, evenly spread: images lie class by class, so the first ones are no sample."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
+
+
 def batches(count: int, size: int, order: NDArray[np.int64] | None = None) -> Iterator[NDArray[np.int64]]:
     """Index arrays of at most `size` that cover 0..count-1, in the given order."""
     order = np.arange(count) if order is None else order

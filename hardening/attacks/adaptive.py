@@ -355,10 +355,12 @@ def ensemble_universal(
     restarts: int = 1,
     bmp_weights: Sequence[float] = BMP_WEIGHTS,
     surrogate: Tensor | None = None,
+    chunk: int = _CHUNK,
 ) -> Tensor:
     """T1 with one perturbation for all images, made on `surrogate` [M, 3, H, W], or on the images themselves.
 
-    Kept is the perturbation with most successes on what it was made on, then the largest mean merit.
+    Gradients are taken of `chunk` images at a time. Kept is the perturbation with most successes on what it was made on, then
+    the largest mean merit.
     """
     own = images if surrogate is None else surrogate
     truth = labels if surrogate is None else None
@@ -371,9 +373,9 @@ def ensemble_universal(
             for step in range(steps + 1):
                 stored = ((delta * 255).round() / 255).clamp(-epsilon, epsilon)
                 gradient, successes, merit = torch.zeros_like(delta), 0, 0.0
-                for start in range(0, len(own), _CHUNK):
-                    part = _chunk(campaign, slice(start, start + _CHUNK))
-                    z = (own[start : start + _CHUNK] + stored).clamp(0, 1).requires_grad_()
+                for start in range(0, len(own), chunk):
+                    part = _chunk(campaign, slice(start, start + chunk))
+                    z = (own[start : start + chunk] + stored).clamp(0, 1).requires_grad_()
                     with torch.set_grad_enabled(step < steps):
                         seen = target.see(z)
                     success, merits = part.judge(seen.detach())

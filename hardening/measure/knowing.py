@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hardening.attacks.adaptive import ADAPTIVE, Attack
+from hardening.attacks.adaptive import ADAPTIVE, Attack, ensemble_universal
 from hardening.attacks.features import to_uint8
 from hardening.attacks.head_aware import auto_attack_without_fab, pgd_head
 from hardening.attacks.target import Seen, Target
@@ -129,6 +131,7 @@ def attack_knowing(
     *,
     epsilon: float,
     steps: int,
+    restarts: int,
     seed: int,
     device: str,
     bars: Bars,
@@ -142,11 +145,15 @@ def attack_knowing(
     run, parts = _RUNS[aim.kind.removesuffix(MIXTURE)], []
     free = _BYTES if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 10
     batch = max(1, min(_BATCH, free // (_BYTES_PER_PIXEL * images.shape[1] * images.shape[2])))
+    if run is ensemble_universal:
+        # One perturbation for all of them, and made on them, which favours the attacker.
+        run, batch = partial(ensemble_universal, chunk=batch), len(images)
     with bars.task(f"attack {name}", len(images)) as task:
         for start in range(0, len(images), batch):
             x = as_input(images[start : start + batch], device)
             y = torch.as_tensor(labels[start : start + batch], device=device)
-            found = run(target, x, y, epsilon=epsilon / 255, steps=aim.steps or steps, generator=generator)
+            common: Any = {"steps": aim.steps or steps, "restarts": restarts, "generator": generator}
+            found = run(target, x, y, epsilon=epsilon / 255, **common)
             parts.append(to_uint8(found.detach()))
             task.advance(len(x))
     return np.concatenate(parts)

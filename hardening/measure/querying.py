@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hardening.attacks.blackbox import Found, nes, square
+from hardening.data import spread
 from hardening.graph import Graph
 from hardening.measure.knowing import AIMED_AT_FPR, threshold
 from hardening.measure.live import LiveService
@@ -57,14 +58,22 @@ def measure_querying(
     device: str,
     bars: Bars,
 ) -> None:
-    """Measure each search that is not in `folder` yet, on the first images of a task that are classified right."""
+    """Measure each search that is not in `folder` yet, on images of a task that are classified right.
+
+    TwogateError where its images have no classes.
+    """
     graph, manifest = Graph(bundle.model).to(device), bundle.manifest
     task = load_task(name, root, graph, manifest, SIZES[size], out / "data" / name, device, bars)
+
+    if task.victim_head is None:
+        raise TwogateError(
+            f"{root}: a black box breaks classifications, so images need classes: train/<class>/*, test/<class>/*"
+        )
 
     def classify(images: NDArray[np.uint8]) -> NDArray[np.int64]:
         return task.predictions(graph_values(graph, images, device, bars, "asking the heads"), manifest)[GUARDED]
 
-    some = slice(0, SIZES[size].adaptive_images)
+    some = spread(len(task.images), SIZES[size].adaptive_images)
     right = classify(task.images[some]) == task.labels[some]
     if not right.any():
         raise TwogateError(f"{name}: the heads classify no image right, so there is nothing to attack")
@@ -138,13 +147,16 @@ class Attacker:
         self.flagged += int((~passed).sum())
         # NES also asks about pictures outside its budget; those are no results.
         moved = np.abs(images.astype(int) - self._images[which]).max(axis=(1, 2, 3))
-        better = (loss < self._best[which]) & (moved <= self._epsilon)
-        self._best[which[better]], self.distance[which[better]] = loss[better], distance[better]
-        tried = np.flatnonzero(better & passed)
+        inside = moved <= self._epsilon
+        better = inside & (loss < self._best[which])
+        # He watches the app, so he also learns of a win by a picture that moves the embedding less than another did.
+        tried, won = np.flatnonzero(inside & passed), np.zeros(len(which), bool)
         if len(tried):
-            broken = tried[self._classify(images[tried]) != self._labels[which[tried]]]
-            self.won[which[broken]] = True
-            loss[broken] = -1
+            won[tried] = self._classify(images[tried]) != self._labels[which[tried]]
+        taken = better | won
+        self._best[which[taken]], self.distance[which[taken]] = loss[taken], distance[taken]
+        self.won[which[won]] = True
+        loss[won] = -1
         self._advance(len(which))
         return loss
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hardening import encoders
 from hardening.branches import BRANCHES, train_head
+from hardening.data import spread
 from hardening.detectors.baselines import Beyond, BranchDivergence, Mahalanobis, Neighbours, PaperReading, Squeezing
 from hardening.measure.tasks import Task
 from model_store.calibration import Calibration
@@ -60,6 +61,9 @@ def fit_rivals(
     victim_head = task.victim_head
     if victim_head is None or not names:
         return []
+    some = spread(len(task.own_images), _CLEAN)
+    # BEYOND ranks among clean images: every other one is kept from it for the table.
+    for_table = some[::2] if "BEYOND" in names else some
     heads = (
         {name: train_head(task.gallery[name], task.gallery_labels) for name in BRANCHES} if _WITH_HEADS & set(names) else {}
     )
@@ -69,14 +73,12 @@ def fit_rivals(
         "Mahalanobis": partial(Mahalanobis().fit, task.gallery, task.gallery_labels),
         "nearest neighbours": partial(Neighbours().fit, task.gallery),
         "feature squeezing": lambda: Squeezing(lambda images: victim_head(features(images))),
-        "BEYOND": lambda: Beyond(features, victim_head).fit(task.own_images[1:_CLEAN:2]),
+        "BEYOND": lambda: Beyond(features, victim_head).fit(task.own_images[some[1::2]]),
     }
     scores: dict[str, Score] = {
         name: partial(_of_images if name in FORWARDS else _of_values, makers[name]()) for name in names
     }
-    # BEYOND ranks among clean images: every other one is kept from it for the table.
-    step = 2 if "BEYOND" in names else 1
-    images, values = task.own_images[:_CLEAN:step], {name: v[:_CLEAN:step] for name, v in task.own_values.items()}
+    images, values = task.own_images[for_table], {name: v[for_table] for name, v in task.own_values.items()}
     return [
         Rival(
             name,

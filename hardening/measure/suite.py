@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hardening.attacks.target import Target
 from hardening.branches import TRIPWIRE
+from hardening.data import spread
 from hardening.encoders import features
 from hardening.graph import Graph
 from hardening.knn import knn_predict
@@ -202,7 +203,7 @@ class _Room:
 
         for system, predicted in task.predictions(values, self.manifest).items():
             add("clean_acc", system, float((predicted == task.clean_labels).mean()), n=more)
-        for subject, quality in self.neighbours(self.before).items():
+        for subject, quality in self.neighbours(self.before, task.labels).items():
             for metric, value in quality.items():
                 add(metric, subject, value)
         add("scores", "detector", [round(float(score), 4) for score in self.before["score"]])
@@ -221,7 +222,7 @@ class _Room:
         """An attack that knows the public victim only."""
         attacked = self.attacked(attack, epsilon, seed)
         _save_examples(self.plan.out / "examples" / self.task.name / f"{attack}-{epsilon:g}.png", self.task.images, attacked)
-        return self.judged(attack, epsilon, seed, attacked, slice(None))
+        return self.judged(attack, epsilon, seed, attacked, np.arange(len(attacked)))
 
     def convergence(self, attack: str) -> list[Record]:
         """What an attack does to the undefended victim with more and more effort."""
@@ -314,8 +315,8 @@ class _Room:
                 progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
 
     def knowing(self, box: str, known: list[_Known], attack: str, epsilon: float, seed: int) -> list[Record]:
-        """One attack of the adaptive suite, on the first images of the task."""
-        few = slice(0, self.size.adaptive_images)
+        """One attack of the adaptive suite, on some images of the task."""
+        few = spread(len(self.task.images), self.size.adaptive_images)
         attacked = attack_knowing(
             attack,
             Target.together([target_of(one.graph, one.task, one.bundle.manifest, attack) for one in known]),
@@ -323,14 +324,17 @@ class _Room:
             self.task.labels[few],
             epsilon=epsilon,
             steps=self.size.adaptive_steps,
+            restarts=self.size.adaptive_restarts,
             seed=seed,
             device=self.plan.device,
             bars=self.bars,
         )
         return self.judged(f"{box} {attack}", epsilon, seed, attacked, few)
 
-    def judged(self, attack: str, epsilon: float, seed: int, attacked: NDArray[np.uint8], chosen: slice) -> list[Record]:
-        """All numbers of one attack on (some of) the test images."""
+    def judged(
+        self, attack: str, epsilon: float, seed: int, attacked: NDArray[np.uint8], chosen: NDArray[np.int64]
+    ) -> list[Record]:
+        """All numbers of one attack on some of the test images, `chosen` [N]."""
         task, records = self.task, []
         labels = task.labels[chosen]
         values = self.values(attacked, f"{attack}, eps {epsilon:g}")
@@ -343,7 +347,7 @@ class _Room:
         for system, found in predicted.items():
             for metric, value in under_attack(found, before[system], labels).items():
                 add(metric, system, value)
-        for subject, quality in self.neighbours(values, chosen).items():
+        for subject, quality in self.neighbours(values, labels).items():
             for metric, value in quality.items():
                 add(metric, subject, value)
         clean_score, score = self.before["score"][chosen].numpy(), values["score"].numpy()
@@ -366,9 +370,9 @@ class _Room:
                     add(f"success@{budget:g}", name, float(broken.sum() / right.sum()), int(right.sum()))
         return records
 
-    def neighbours(self, values: Mapping[str, Tensor], chosen: slice = slice(None)) -> dict[str, dict[str, float]]:
+    def neighbours(self, values: Mapping[str, Tensor], labels: NDArray[np.int64]) -> dict[str, dict[str, float]]:
         """kNN accuracy and recall@10 against the clean gallery; the victim's features are centred there too."""
-        task, labels = self.task, self.task.labels[chosen]
+        task = self.task
         if task.victim_head is None:
             return {}
         centre = task.gallery[TRIPWIRE].mean(dim=0)
@@ -403,7 +407,7 @@ def _save_examples(file: Path, clean: NDArray[np.uint8], attacked: NDArray[np.ui
     """Rows of clean, attacked and difference (x 10, around grey), four images wide."""
     if file.exists():
         return
-    picked = np.linspace(0, len(clean) - 1, _EXAMPLES).astype(int)
+    picked = spread(len(clean), _EXAMPLES)
     difference = np.clip(128 + 10 * (attacked[picked].astype(int) - clean[picked]), 0, 255).astype(np.uint8)
     rows = [np.concatenate(list(images), axis=1) for images in (clean[picked], attacked[picked], difference)]
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hardening.data import DataError, Dataset, batches, prepare
+from hardening.data import DataError, Dataset, batches, prepare, spread
 from hardening.recipe import Splits
 from model_store.bundle import load_bundle
 from model_store.pixels import PixelRule, decode
@@ -42,6 +42,14 @@ def test_labelled_folders(labelled: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(image, decode((labelled / path).read_bytes(), RULE))
     for name, indices in dataset.splits.items():
         assert {Path(dataset.paths[i]).parts[0] for i in indices} <= {"test" if name == "test" else "train"}
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"),
+    [(5, 9, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (10, 4, [0, 3, 6, 9]), (7, 1, [0]), (0, 4, [])],
+)
+def test_some_are_evenly_spread(count: int, most: int, expected: list[int]) -> None:
+    assert spread(count, most).tolist() == expected
 
 
 def test_splits_are_disjoint_cover_all_and_hold_every_class_alike(labelled: Path, tmp_path: Path) -> None:

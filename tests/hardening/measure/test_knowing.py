@@ -41,12 +41,28 @@ def test_large_pictures_are_attacked_few_at_a_time(side: int, largest: int, monk
         np.zeros(count, np.int64),
         epsilon=8,
         steps=1,
+        restarts=1,
         seed=0,
         device="cpu",
         bars=QuietBars(),
     )
     assert seen == [largest, 1]
     assert torch.equal(torch.from_numpy(found), torch.from_numpy(images))
+
+
+def test_a_universal_perturbation_is_one_for_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def attack(target: Target, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        seen.append((len(images), options["chunk"]))
+        return images
+
+    monkeypatch.setattr(knowing, "ensemble_universal", attack)
+    monkeypatch.setitem(knowing._RUNS, "T1-universal", attack)
+    images, labels, target = np.zeros((20, 128, 128, 3), np.uint8), np.zeros(20, np.int64), Target(blind, 0.0)
+    options: Any = {"epsilon": 8, "steps": 1, "restarts": 1, "seed": 0, "device": "cpu", "bars": QuietBars()}
+    knowing.attack_knowing("T1-universal", target, images, labels, **options)
+    assert seen == [(20, 9)]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +85,9 @@ def test_a_name_may_say_how_many_steps(name: str, steps: int, monkeypatch: pytes
     knowing.check_names((name,))
     monkeypatch.setitem(knowing._RUNS, "T5-selective", attack)
     images, labels, target = np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64), Target(blind, 0.0)
-    knowing.attack_knowing(name, target, images, labels, epsilon=8, steps=7, seed=0, device="cpu", bars=QuietBars())
+    knowing.attack_knowing(
+        name, target, images, labels, epsilon=8, steps=7, restarts=1, seed=0, device="cpu", bars=QuietBars()
+    )
     assert taken == [steps]
 
 

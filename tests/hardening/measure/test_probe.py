@@ -223,6 +223,18 @@ def test_the_attackers_books(served: ThreadServer, toy_bundles: tuple[Path, Path
     # What was won was not asked about again; what was not, up to the budget.
     np.testing.assert_array_equal(attacker.queries, found.queries)
     assert (attacker.queries[~attacker.won] == 12).all()
+    # A win is told also where another picture moved the embedding more: image 0 first, then its broken neighbour.
+    attacker = Attacker(
+        service, images, labels, np.inf, 8, lambda pictures: (pictures == near).all(axis=(1, 2, 3)), lambda _: None
+    )
+    near = np.clip(images[1].astype(int) + 1, 0, 255).astype(np.uint8)
+    far = np.clip(images[1].astype(int) + np.where(np.arange(16) % 2, 8, -8)[:, None], 0, 255).astype(np.uint8)
+    attacker(far[None], np.array([1]))
+    further = attacker.distance[1]
+    attacker(near[None], np.array([1]))
+    assert attacker.won[1]
+    assert attacker.distance[1] < further
+    attacker = Attacker(service, images, labels, np.inf, 8, classify, lambda by: None)
     # A picture outside the budget is a question, never a result.
     before = attacker.distance.copy()
     attacker(255 - images, np.arange(len(images)))

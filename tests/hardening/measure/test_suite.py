@@ -7,11 +7,13 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hardening.branches import BRANCHES
 from hardening.calibrate import Calibrated, calibrate
@@ -20,6 +22,7 @@ from hardening.encoders import Encoder
 from hardening.export import export
 from hardening.graph import GraphError
 from hardening.heads import Linear
+from hardening.measure import rivals
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, _Room, craft_perturbations, measure_task
@@ -56,9 +59,9 @@ def judged(
         predicted={name: np.array(found) for name, found in before.items()},
         before={"score": torch.tensor(clean)},
         values=lambda images, what: {"score": torch.tensor(attacked)},
-        neighbours=lambda values, chosen: {},
+        neighbours=lambda values, labels: {},
     )
-    records = _Room.judged(room, "pgd", 10, 0, np.zeros(0, np.uint8), slice(None))  # type: ignore[arg-type]
+    records = _Room.judged(room, "pgd", 10, 0, np.zeros(0, np.uint8), np.arange(len(labels)))  # type: ignore[arg-type]
     return {(r.metric, r.subject): (r.value, r.images) for r in records if isinstance(r.value, float)}
 
 
@@ -156,6 +159,51 @@ def test_the_calibration_is_not_touched(toy_bundles: tuple[Path, Path], toy_data
     assert alarms(images, tmp_path / "clean") < 0.2
     images[toy_dataset.splits["test"]] = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3))
     assert alarms(images, tmp_path / "noise") > 0.5  # noise is no clean photograph, and nothing adapts to it
+
+
+def test_an_attack_on_some_images_is_on_some_of_every_class(
+    toy_bundles: tuple[Path, Path], toy_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images lie class by class, and the first ones are of the first classes."""
+    seen = []
+
+    def attack(_: object, __: object, images: NDArray[np.uint8], labels: NDArray[np.int64], **options: object) -> object:
+        seen.append(labels)
+        return images
+
+    monkeypatch.setattr("hardening.measure.suite.attack_knowing", attack)
+    size = dataclasses.replace(SIZES["smoke"], adaptive_images=8)
+    found = measured(plan(toy_bundles[0], tmp_path, attacks=("noise", "uap"), knowing=("T2",), size=size), toy_dataset)
+    (labels,) = seen
+    assert len(labels) == 8
+    assert set(labels.tolist()) == set(range(len(toy_dataset.classes)))
+    (success,) = [
+        r for r in found if (r.metric, r.subject, r.attack) == ("success@0.05", "bundle's calibration", "white box T2")
+    ]
+    assert success.value == 0  # unchanged images, judged against their own labels
+
+
+def test_the_tables_of_other_detectors_know_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Detector:
+        def fit(self, *_: object) -> Detector:
+            return self
+
+        def score(self, values: dict[str, Tensor]) -> NDArray[np.float64]:
+            return values["place"].double().numpy()
+
+    place = torch.arange(100)
+    task: Any = SimpleNamespace(
+        own_images=np.zeros((100, 1, 1, 3), np.uint8),
+        own_values={"place": place},
+        gallery={"tripwire": place},
+        gallery_labels=place,
+        victim_head=object(),
+        images=np.zeros((100, 1, 1, 3), np.uint8),
+    )
+    monkeypatch.setattr(rivals, "Neighbours", Detector)
+    monkeypatch.setattr(rivals, "_CLEAN", 12)
+    (rival,) = rivals.fit_rivals(task, {"place": place}, torch.nn.Identity(), "cpu", ("nearest neighbours",))
+    np.testing.assert_array_equal(rival.table.scores, np.arange(0, 100, 9))
 
 
 def test_bundles_of_one_public_victim_share_its_attacks(
