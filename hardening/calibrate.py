@@ -28,6 +28,8 @@ from hardening.recipe import RecipeError
 from model_store.calibration import Calibration
 from model_store.honest import changed_at_random, changed_each_way, to_be_changed
 
+OWN_FOLDER = "the data's folder calibration/"
+"""How the words of such a calibration end."""
 _BATCH = 16
 _FOLDS = 5
 
@@ -104,7 +106,7 @@ def calibrate(
     if score is None:
         _, _, score = run_gate(gate, clean, device, bars, "calibrate the score")
         changed = {name: run_gate(gate, found, device, bars, f"the score after {name}")[2] for name, found in copies.items()}
-    source = "the data's folder calibration/" if own else "held out of train/"
+    source = OWN_FOLDER if own else "held out of train/"
     return Calibrated(gate, Calibration.of(f"{len(clean)} clean images, {source}", score, changed))
 
 

@@ -91,6 +91,11 @@ class Dataset:
         }
 
 
+def prepared_name(rule: PixelRule, splits: Splits) -> str:
+    """A name for what `prepare` makes of a folder: another rule makes other images, other splits divide them otherwise."""
+    return hashlib.sha256(f"{rule.model_dump_json()} {splits.model_dump_json()}".encode()).hexdigest()[:8]
+
+
 def prepare(root: Path, rule: PixelRule, splits: Splits, seed: int, into: Path, bars: Bars) -> Dataset:
     """Decode all images below `root` into `into` and draw the splits; what is already there is loaded.
 
@@ -99,12 +104,15 @@ def prepare(root: Path, rule: PixelRule, splits: Splits, seed: int, into: Path, 
     `test/`, a fifth of the images is set aside. DataError says what is missing.
     """
     groups, classes = _scan(root)
-    listing = hashlib.sha256(json.dumps([(g, p, (root / p).stat().st_size) for g, p, _ in groups]).encode()).hexdigest()
+    files = json.dumps([(g, p, (root / p).stat().st_size) for g, p, _ in groups])
+    listing = hashlib.sha256(f"{files} {rule.model_dump_json()}".encode()).hexdigest()
     index_file, array_file = into / "index.json", into / "images.npy"
     if index_file.exists():
         index = json.loads(index_file.read_text(encoding="utf-8"))
         if index["listing"] != listing:
-            raise DataError(f"the files in {root} are not those that this run began with; start a new run directory")
+            raise DataError(
+                f"the files in {root}, or the pixel rule, are not those that this run began with; start a new run directory"
+            )
     else:
         into.mkdir(parents=True, exist_ok=True)
         index = _decode_all(root, groups, rule, array_file, bars)

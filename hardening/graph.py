@@ -121,7 +121,8 @@ class Graph(nn.Module):
         if self.victim is not None and branch == TRIPWIRE:
             return self.victim
         if branch not in self.feature_names:
-            raise GraphError(f"this graph shows no features of {branch!r}; it has {', '.join(self.feature_names)}")
+            hint = ": `twogate harden` measures such a bundle while it has the victim at hand" if branch == TRIPWIRE else ""
+            raise GraphError(f"this graph shows no features of {branch!r}; it has {', '.join(self.feature_names)}{hint}")
         return GraphEncoder(self, self.feature_names[branch])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Graph:
@@ -174,6 +175,13 @@ class GraphEncoder(nn.Module):
         super().__init__()
         self._graph, self._value = [graph], value  # in a list: its other branches are no part of this module
         self.convolutions = nn.ModuleList(step.module for step in graph._needed([value]) if step.module is not None)
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """What its steps read beside the convolutions' weights."""
+        graph = self._graph[0]
+        names = dict.fromkeys(name for step in graph._needed([self._value]) for name in step.inputs)
+        return [graph.constants[name] for name in names if name in graph.constants]
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""

@@ -31,11 +31,12 @@ from hardening.export import check_parity, export, golden
 from hardening.files import load_tensors, save_tensors, write_atomically
 from hardening.finetune import finetune
 from hardening.gate import Gate
-from hardening.measure.oblivious import UNIVERSAL, check_names
+from hardening.measure.oblivious import UNIVERSAL, check_names, digest_of
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.rivals import PAPER
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, craft_perturbations, measure_task
+from hardening.measure.tasks import attackers_images
 from hardening.pretrain import pretrain
 from hardening.process import prepare_process
 from hardening.progress import Bars
@@ -247,6 +248,7 @@ def _measured(bundle: Bundle, recipe: Recipe, dataset: data.Dataset, run: Path, 
         convergence=False,
         epsilons=(wanted.epsilon,),
         seeds=(recipe.seed,),
+        attackers=digest_of(attackers_images(dataset, bundle.manifest, SIZES[_SIZE].surrogate, run, bars)),
         out=run / "evaluation",
         # The digest of a manifest covers these records too, so they name the graph instead.
         origin=Origin(recipe.name, bundle.model_sha256, _SIZE, "twogate harden", commit()),

@@ -128,7 +128,7 @@ class Evaluate(_Part):
     """What the card says of the bundle on `test/`: the words, and how hard attacks try, are those of `twogate evaluate`."""
 
     images: int = Field(default=1000, ge=20, description="test images at most")
-    epsilon: float = Field(default=10.0, gt=0, le=64, description="L-infinity budget, in 1/255")
+    epsilon: int = Field(default=10, ge=1, le=64, description="L-infinity budget, in 1/255, of pictures in 8 bits")
     attacks: tuple[str, ...] = Field(default=("noise", "pgd", "uap"), min_length=1, description="on the public victim")
 
 

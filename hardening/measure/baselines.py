@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hardening.baselines import adversarial_training, gen_af
 from hardening.branches import TRIPWIRE, Head, train_head
-from hardening.data import Dataset
+from hardening.data import Dataset, spread
 from hardening.encoders import Encoder, features
 from hardening.files import load_tensors, save_tensors
 from hardening.graph import Graph
@@ -83,8 +83,9 @@ def train_baseline(
         return
     local, validation = dataset.take("local"), dataset.take("validation")
     if size == "smoke":
-        every = max(1, len(local[0]) // _SMOKE_IMAGES)
-        local = local[0][::every], local[1][::every]
+        # One of each class at least.
+        some = np.union1d(spread(len(local[0]), _SMOKE_IMAGES), np.unique(local[1], return_index=True)[1])
+        local = local[0][some], local[1][some]
     given = budget(bundle.manifest, size)
     folder = file.with_suffix(".training")
     shared: Any = {"seed": seed, "folder": folder, "job": file.stem, "device": device, "bars": bars}

@@ -11,17 +11,17 @@ from PIL import Image
 
 from hardening import provenance
 from hardening.branches import TRIPWIRE
-from hardening.data import prepare
+from hardening.data import prepare, prepared_name
 from hardening.graph import Graph
 from hardening.measure import baselines as others
 from hardening.measure import knowing, oblivious
-from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, load_universal
-from hardening.measure.records import Origin, read
+from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, digest_of, fingerprint, load_universal
+from hardening.measure.records import Origin, check_same, read
 from hardening.measure.render import write_report
 from hardening.measure.rivals import RIVALS
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, craft_perturbations, measure_task, train_defence
-from hardening.measure.tasks import read_images
+from hardening.measure.tasks import attackers_images, of_another_class, read_images
 from hardening.process import prepare_process
 from hardening.progress import Bars
 from hardening.recipe import Splits
@@ -66,6 +66,9 @@ def evaluate(
     if not tasks and bundles:
         raise EvaluationError("name at least one task: --task NAME=DIR")
     oblivious.check_names(tuple(attacks))
+    oblivious.check_budget(*epsilons)
+    if min(seeds, default=0) < 0:
+        raise EvaluationError("a seed is not negative")
     knowing.check_names(tuple(adaptive))
     others.check_names(tuple(baselines))
     if len({tuple(branch.name for branch in load_bundle(place).manifest.branches) for place in surrogates}) > 1:
@@ -80,6 +83,10 @@ def evaluate(
             if place.resolve() in [surrogate.resolve() for surrogate in surrogates]:
                 raise EvaluationError("the surrogate of a grey-box attacker must be another bundle than the one attacked")
             origin = Origin(bundle.label, bundle.manifest.digest, size, shlex.join(command), provenance.commit())
+            check_same(out / "records", origin)
+            first, images = next(iter(tasks.items()))
+            # Decoded here, before two processes would do it at a time.
+            dataset = read_images(images, bundle.manifest, out / "data" / first, shown)
             plan = Plan(
                 place,
                 tuple(surrogates),
@@ -91,13 +98,11 @@ def evaluate(
                 convergence,
                 tuple(epsilons),
                 tuple(seeds),
+                digest_of(attackers_images(dataset, bundle.manifest, SIZES[size].surrogate, out, shown)),
                 out,
                 origin,
                 device,
             )
-            first, images = next(iter(tasks.items()))
-            # Decoded here, before two processes would do it at a time.
-            dataset = read_images(images, bundle.manifest, out / "data" / first, shown)
             if baselines:
                 if not dataset.labelled:
                     raise EvaluationError(
@@ -138,22 +143,27 @@ def attack(
     files. The attacker's own images, for a universal perturbation, are those of `train/`.
     """
     oblivious.check_names((name,))
+    oblivious.check_budget(epsilon)
     if size not in SIZES:
         raise EvaluationError(f"there is no size {size!r}; there are {', '.join(SIZES)}")
     bundle = load_bundle(place)
     victim = Graph(bundle.model).to(device).encoder(TRIPWIRE)
     with bars or Bars() as shown:
         splits = Splits(local=0.6, validation=0.1, fit=0.15, calibration=0.15)
-        dataset = prepare(root, bundle.manifest.pixels, splits, 0, out / ".data", shown)
-        test = np.sort(np.random.default_rng(seed).permutation(dataset.splits["test"])[:images])
+        rule = bundle.manifest.pixels
+        dataset = prepare(root, rule, splits, 0, out / ".data" / prepared_name(rule, splits), shown)
+        rng = np.random.default_rng(seed)
+        test = np.sort(rng.permutation(dataset.splits["test"])[:images])
         clean = dataset.images[test]
         if name in UNIVERSAL:
-            surrogate = dataset.images[dataset.splits["local"][: SIZES[size].surrogate]]
-            file = out / ".data" / f"{name}-{epsilon:g}-{seed}.npz"
+            local = rng.permutation(dataset.splits["local"])[: SIZES[size].surrogate]
+            surrogate = dataset.images[np.sort(local)]
+            file = out / ".data" / f"{size}-{fingerprint(victim, surrogate)}" / f"{name}-{epsilon:g}-{seed}.npz"
             craft_universal(name, victim, surrogate, epsilon, seed, SIZES[size], file, device, shown)
             attacked = load_universal(file)(clean)
         else:
-            attacked = craft(name, victim, clean, np.roll(clean, 1, axis=0), epsilon, seed, SIZES[size], device, shown)
+            targets = dataset.images[of_another_class(dataset.labels, test, dataset.splits["test"], rng)]
+            attacked = craft(name, victim, clean, targets, epsilon, seed, SIZES[size], device, shown)
     written = []
     for number, index in enumerate(test):
         stem = f"{number:04d}-{Path(dataset.paths[index]).stem}"

@@ -17,6 +17,7 @@ from hardening.attacks.features import apply_universal, pgd_features, uap_featur
 from hardening.attacks.pap import pap
 from hardening.attacks.ssp import ssp
 from hardening.attacks.targeted import targeted_features
+from hardening.graph import GraphEncoder
 from hardening.measure.sizes import Size
 from hardening.progress import Bars
 from model_store.errors import TwogateError
@@ -37,6 +38,13 @@ def check_names(names: tuple[str, ...]) -> None:
     unknown = [name for name in names if name not in ATTACKS]
     if unknown:
         raise AttackError(f"there is no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
+
+
+def check_budget(*epsilons: float) -> None:
+    """AttackError where a budget, in 1/255, is not whole: attacked images are 8-bit files, and 2.5 would be rounded to 3."""
+    for epsilon in epsilons:
+        if not 1 <= epsilon <= 255 or epsilon != int(epsilon):
+            raise AttackError(f"a budget is a whole number of 8-bit steps, 1 to 255, and not {epsilon:g}")
 
 
 def craft_universal(
@@ -139,9 +147,14 @@ def kept(file: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> dict[str
 
 def fingerprint(victim: nn.Module, *images: NDArray[np.uint8]) -> str:
     """Names what is made for these weights and images: bundles of one public victim share its attacks."""
+    # Of a graph, state_dict has the convolutions alone; its normalisation counts too.
+    values = [*victim.state_dict().values(), *(victim.constants if isinstance(victim, GraphEncoder) else ())]
+    return digest_of(*(value.detach().cpu().numpy() for value in values), *images)
+
+
+def digest_of(*arrays: NDArray[Any]) -> str:
+    """16 hexadecimal digits of a sha256."""
     digest = hashlib.sha256()
-    for tensor in victim.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for array in images:
+    for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from hardening import provenance
 from hardening.files import write_atomically
 from hardening.measure import photographs, querying
 from hardening.measure.live import LiveService
+from hardening.measure.oblivious import check_budget
 from hardening.measure.photographs import find_photographs, measure_photographs
 from hardening.measure.querying import SEARCHES, measure_querying
 from hardening.measure.records import Origin, Record, read
@@ -46,14 +48,17 @@ def probe_photographs(
     """
     if not sides or min(sides) < 8:
         raise TwogateError("a photograph has at least 8 pixels on its longer side")
-    find_photographs(root)
+    check_budget(epsilon)
+    files = "".join(f"{path.relative_to(root)} {path.stat().st_size}\n" for path in find_photographs(root))
+    # Another folder of the same name is another one.
+    pictures = f"{root.resolve().name}-{hashlib.sha256(files.encode()).hexdigest()[:8]}"
 
     def run(bundle: Bundle, service: LiveService, folder: Path, origin: Origin, shown: Bars) -> None:
         measure_photographs(
             bundle,
             service,
             root,
-            folder / root.resolve().name,
+            folder / pictures,
             origin,
             sides=sides,
             epsilon=epsilon,
@@ -89,6 +94,7 @@ def probe_blackbox(
     unknown = [search for search in searches if search not in SEARCHES]
     if unknown:
         raise TwogateError(f"there is no search {unknown[0]!r}; there are {', '.join(SEARCHES)}")
+    check_budget(epsilon)
 
     def run(bundle: Bundle, service: LiveService, folder: Path, origin: Origin, shown: Bars) -> None:
         measure_querying(

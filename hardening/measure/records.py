@@ -13,8 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hardening.files import write_atomically
+from model_store.errors import TwogateError
 
 CLEAN = "clean"
+
+
+class RecordsError(TwogateError):
+    """Records that do not belong together."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Origin:
     command: str
     commit: str
 
+    @property
+    def folder(self) -> str:
+        """Where its records lie below `records/`."""
+        return self.bundle.replace("/", "-")
+
     def record(
         self,
         metric: str,
@@ -63,6 +73,21 @@ class Origin:
     ) -> Record:
         """A record of this evaluation."""
         return Record(metric, subject, task, attack, epsilon, seed, value, images, **asdict(self))
+
+
+def check_same(folder: Path, origin: Origin) -> None:
+    """RecordsError where records of a bundle lie in a folder that were measured at another size, or of another bundle of its
+    name: what is there is not measured again, and would be taken for this one's."""
+    place = folder / origin.folder
+    for file in sorted(place.rglob("*.jsonl")):
+        with file.open(encoding="utf-8") as lines:
+            found = Record(**json.loads(next(lines)))
+        for what, theirs, ours in (("size", found.size, origin.size), ("digest", found.digest[:12], origin.digest[:12])):
+            if theirs != ours:
+                raise RecordsError(
+                    f"{place} holds records of {origin.bundle} at {what} {theirs}, and this is {what} {ours}: "
+                    "measure into another --out, or move them away"
+                )
 
 
 def once(file: Path, measure: Callable[[], Iterable[Record]]) -> None:

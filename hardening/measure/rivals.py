@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hardening import encoders
-from hardening.branches import BRANCHES, train_head
+from hardening.branches import BRANCHES, EARLY, train_head
 from hardening.data import spread
 from hardening.detectors.baselines import Beyond, BranchDivergence, Mahalanobis, Neighbours, PaperReading, Squeezing
+from hardening.detectors.consistency import ConsistencyDetector
 from hardening.measure.tasks import Task
 from model_store.calibration import Calibration
 
@@ -27,7 +28,9 @@ Score = Callable[[NDArray[np.uint8], Mapping[str, Tensor]], NDArray[np.float64]]
 PAPER = "paper, S1"
 """The paper's rule, literally."""
 FORWARDS = {"feature squeezing": 3, "BEYOND": 51}
-"""Encoder passes of the victim; the others read the features that are there."""
+"""Encoder passes of the victim; the others read features of the pictures as they are."""
+OWN_FORWARDS = len({view.replace(EARLY, "") for view in ConsistencyDetector.views} - set(BRANCHES))
+"""Encoder passes of ours, beside the three of the embedding."""
 _READINGS: tuple[Literal["S1", "S2", "S3", "S4", "S5"], ...] = ("S1", "S2", "S3", "S4", "S5")
 RIVALS = (*(f"paper, {r}" for r in _READINGS), "branch divergence", "Mahalanobis", "nearest neighbours", *FORWARDS)
 _WITH_HEADS = set(RIVALS[: len(_READINGS) + 1])

@@ -77,6 +77,8 @@ class Plan:
     """Whether the attacks on the public victim are also made with less effort, for the first budget and seed."""
     epsilons: tuple[float, ...]
     seeds: tuple[int, ...]
+    attackers: str
+    """The digest of the attacker's own images, of which universal perturbations are made."""
     out: Path
     origin: Origin
     device: str
@@ -109,7 +111,8 @@ def craft_perturbations(
 
 def attack_file(plan: Plan, attack: str, epsilon: float, seed: int, victim: nn.Module, *images: NDArray[np.uint8]) -> Path:
     """Where an attack on the public victim is kept: a perturbation for all images, or `images` attacked one by one."""
-    folder = f"{plan.origin.size}-{fingerprint(victim, *images)}"
+    made_of = fingerprint(victim, *images) if images else f"{fingerprint(victim)}-{plan.attackers}"
+    folder = f"{plan.origin.size}-{made_of}"
     return plan.out / "attacks" / folder / f"{attack}-{epsilon:g}-{seed}.npz"
 
 
@@ -123,7 +126,7 @@ def train_defence(plan: Plan, name: str, root: Path, baseline: str, *, bars: Bar
 
 def baseline_file(plan: Plan, baseline: str) -> Path:
     """Where a baseline's encoder is kept; the first seed is that of its training."""
-    return plan.out / "baselines" / f"{plan.origin.bundle.replace('/', '-')}-{baseline}-{plan.seeds[0]}.pt"
+    return plan.out / "baselines" / f"{plan.origin.folder}-{plan.origin.size}-{baseline}-{plan.seeds[0]}.pt"
 
 
 def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None = None, *, bars: Bars) -> None:
@@ -180,14 +183,13 @@ class _Room:
     def __init__(self, plan: Plan, size: Size, bundle: Bundle, graph: Graph, task: Task, bars: Bars) -> None:
         self.plan, self.size, self.bundle, self.graph, self.task, self.bars = plan, size, bundle, graph, task, bars
         self.manifest = bundle.manifest
-        self.label = plan.origin.bundle.replace("/", "-")
         self.before = self.values(task.images, "clean test images")
         self.predicted = task.predictions(self.before, self.manifest)
         self.victim = graph.encoder(TRIPWIRE)
 
     def file(self, attack: str, epsilon: float = 0, seed: int = 0) -> Path:
         """The cell's file."""
-        folder = self.plan.out / "records" / self.label / self.task.name
+        folder = self.plan.out / "records" / self.plan.origin.folder / self.task.name
         return folder / f"{attack.replace(' ', '-')}-{epsilon:g}-{seed}.jsonl"
 
     def values(self, images: NDArray[np.uint8], what: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hardening import data
 from hardening.branches import BMP, MPAE, TRIPWIRE, Head, fuse, guarded_vote, rfdm_weights, train_head
+from hardening.calibrate import OWN_FOLDER
 from hardening.graph import Graph, run_uint8
 from hardening.heads import Linear, train_heads
 from hardening.measure.sizes import Size
@@ -66,7 +67,8 @@ class Task:
     """Clean training images that nothing was fitted on."""
     own_values: dict[str, Tensor]
     own_calibration: Calibration
-    """The score's table on this task's clean images: what `twogate recalibrate` would write."""
+    """The score's table on this task's clean images: what `twogate recalibrate` would write; the bundle's own, where it is of
+    this task's folder calibration/."""
 
     def predictions(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, NDArray[np.int64]]:
         """Predicted classes [N] by system; none without classes."""
@@ -123,11 +125,12 @@ def read_images(root: Images, manifest: Manifest, into: Path, bars: Bars) -> dat
     """
     if isinstance(root, data.Dataset):
         return root
-    dataset = data.prepare(root, manifest.pixels, _UNSEEN, _UNSEEN.seed, into / "unseen", bars)
+    rule = manifest.pixels
+    dataset = data.prepare(root, rule, _UNSEEN, _UNSEEN.seed, into / data.prepared_name(rule, _UNSEEN), bars)
     if dataset.digest != manifest.provenance.get("data", {}).get("sha256"):
         return dataset
     splits = Splits.model_validate(manifest.provenance["recipe"]["splits"])
-    return data.prepare(root, manifest.pixels, splits, splits.seed, into / "tuned", bars)
+    return data.prepare(root, rule, splits, splits.seed, into / data.prepared_name(rule, splits), bars)
 
 
 def attackers_images(root: Images, manifest: Manifest, most: int, into: Path, bars: Bars) -> NDArray[np.uint8]:
@@ -137,13 +140,27 @@ def attackers_images(root: Images, manifest: Manifest, most: int, into: Path, ba
     return np.asarray(dataset.images[np.sort(np.random.default_rng(0).permutation(pool)[:most])])
 
 
+def of_another_class(
+    labels: NDArray[np.int64], which: NDArray[np.int64], pool: NDArray[np.int64], rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """For each image of `which` [N] one of `pool` of another class, [N]: what a targeted attack imitates.
+
+    Where all are of one class, or have none, the next of the pool.
+    """
+    if len(np.unique(labels[pool])) > 1:
+        return np.array([rng.choice(pool[labels[pool] != labels[index]]) for index in which])
+    return pool[(np.searchsorted(pool, which) + len(pool) - 1) % len(pool)]
+
+
 def load_task(
     name: str, root: Images, graph: Graph, manifest: Manifest, size: Size, into: Path, device: str, bars: Bars
 ) -> Task:
     """Read a task's folder (train/<class>/*, test/<class>/*) and fit its heads on clean images that no encoder was tuned on.
 
-    Images without classes get no heads: what the detector makes of them can be measured all the same.
+    Images without classes get no heads: what the detector makes of them can be measured all the same. GraphError where the
+    graph has no tripwire.
     """
+    graph.encoder(TRIPWIRE)
     dataset = read_images(root, manifest, into, bars)
     made_from = manifest.provenance.get("data", {})
     if dataset.labelled and list(dataset.classes) == made_from.get("classes") and dataset.digest != made_from.get("sha256"):
@@ -171,16 +188,15 @@ def load_task(
     if dataset.labelled:
         victim_head = train_head(gallery[TRIPWIRE], fit_labels)
         served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes))
+    # The detector was fitted on the bundle's own calibration/ too; its table is of detectors that were not.
+    calibrated = manifest.calibration.source.endswith(OWN_FOLDER) and dataset.digest == made_from.get("sha256")
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
     changed = {}
-    if manifest.calibration.changes:
+    if manifest.calibration.changes and not calibrated:
         with bars.task(f"{name}: own calibration, honestly changed", len(KINDS)) as progress:
             for kind, copies in changed_each_way(dataset.small(own[to_be_changed(len(own))]), 0, manifest.pixels):
                 changed[kind] = run_uint8(graph, copies, ("score",), device)["score"].numpy()
                 progress.advance()
-    other = np.roll(np.arange(len(test)), 1)
-    if len(np.unique(labels)) > 1:
-        other = np.array([rng.choice(np.flatnonzero(labels != label)) for label in labels])
     return Task(
         name=name,
         images=dataset.images[test],
@@ -188,7 +204,7 @@ def load_task(
         labels=labels,
         clean_images=dataset.images[clean],
         clean_labels=dataset.labels[clean],
-        targets=dataset.images[test][other],
+        targets=dataset.images[of_another_class(dataset.labels, test, test, rng)],
         victim_head=victim_head,
         served=tuple(served),
         gallery_images=dataset.images[fit],
@@ -196,5 +212,5 @@ def load_task(
         gallery_labels=fit_labels,
         own_images=dataset.images[own],
         own_values=own_values,
-        own_calibration=Calibration.of(name, own_values["score"].numpy(), changed),
+        own_calibration=manifest.calibration if calibrated else Calibration.of(name, own_values["score"].numpy(), changed),
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hardening.data import DataError, Dataset, batches, prepare, spread
+from hardening.data import DataError, Dataset, batches, prepare, prepared_name, spread
 from hardening.recipe import Splits
 from model_store.bundle import load_bundle
 from model_store.pixels import PixelRule, decode
@@ -82,6 +82,14 @@ def test_files_that_changed_since_are_refused(tmp_path: Path) -> None:
     write_pictures(root / "train" / "class0", patterns(1)[0][:1], prefix="new")
     with pytest.raises(DataError, match="start a new run directory"):
         read(root, tmp_path / "data")
+
+
+def test_another_pixel_rule_is_not_served_images_of_this_one(labelled: Path, tmp_path: Path) -> None:
+    read(labelled, tmp_path)
+    wider = RULE.model_copy(update={"width": 2 * RULE.width})
+    with pytest.raises(DataError, match="or the pixel rule"):
+        prepare(labelled, wider, SPLITS, 0, tmp_path, QuietBars())
+    assert prepared_name(wider, SPLITS) != prepared_name(RULE, SPLITS)
 
 
 def test_a_stop_in_the_middle_of_decoding_leaves_nothing_that_is_believed(labelled: Path, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_each_baseline_is_trained_and_measured(out: Path, toy_bundles: tuple[Pat
         (ours,) = [r for r in records if (r.metric, r.subject, r.attack) == ("robust_acc", GUARDED, "pgd")]
         assert (robust.images, robust.epsilon, robust.digest) == (ours.images, ours.epsilon, ours.digest)
     files = sorted((out / "baselines").iterdir())
-    assert {file.name for file in files} == {f"toy-1-{name}-0.pt" for name in BASELINES}
+    assert {file.name for file in files} == {f"toy-1-smoke-{name}-0.pt" for name in BASELINES}
     victim = public_victim(load_bundle(toy_bundles[0]))
     x = as_input(patterns(4)[0])
     before, seen = victim(x), []
@@ -60,6 +62,34 @@ def test_each_baseline_is_trained_and_measured(out: Path, toy_bundles: tuple[Pat
         seen.append(victim(x))
         assert (seen[-1] - before).abs().max() > 1e-3
     assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_first_look_has_images_of_every_class(
+    toy_bundles: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def train(_: object, __: object, local: tuple[np.ndarray, np.ndarray], *___: object, **____: object) -> None:
+        seen.append(local)
+        raise Interrupted
+
+    labels = np.repeat(np.arange(100), [3, 60] * 50)
+    dataset: Any = SimpleNamespace(take=lambda split: (np.zeros((len(labels), 4, 4, 3), np.uint8), labels))
+    monkeypatch.setattr("hardening.measure.baselines.adversarial_training.train", train)
+    with pytest.raises(Interrupted):
+        train_baseline(
+            "pgd-at",
+            load_bundle(toy_bundles[0]),
+            dataset,
+            tmp_path / "x.pt",
+            seed=0,
+            size="smoke",
+            device="cpu",
+            bars=QuietBars(),
+        )
+    ((images, classes),) = seen
+    assert set(classes) == set(range(100))
+    assert len(images) == len(classes) < 250
 
 
 def test_nothing_is_trained_or_measured_twice(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,16 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
+from hardening.data import prepared_name
 from hardening.encoders import as_input
 from hardening.graph import Graph
 from hardening.measure.evaluate import EvaluationError, attack, evaluate
 from hardening.measure.knowing import AIMED_AT_FPR, HEAD_AWARE, target_of, threshold
 from hardening.measure.oblivious import AttackError
-from hardening.measure.records import Record, read
+from hardening.measure.records import Record, RecordsError, read
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import LESS_EFFORT, RETURNED
-from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED, load_task
-from hardening.recipe import RecipeError
+from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED, load_task, of_another_class
+from hardening.recipe import RecipeError, Splits
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
 from model_store.honest import KINDS
@@ -198,9 +200,11 @@ def test_more_effort_is_a_stronger_attack(records: list[Record], out: Path) -> N
     assert (out / "convergence-patterns.png").is_file()
 
 
-def test_heads_never_see_the_images_that_the_encoders_were_tuned_on(out: Path) -> None:
+def test_heads_never_see_the_images_that_the_encoders_were_tuned_on(out: Path, toy_bundles: tuple[Path, Path]) -> None:
     # The bundle's own data: the recipe's splits, not those of an unseen task.
-    assert (out / "data" / "patterns" / "tuned" / "index.json").is_file()
+    manifest = load_bundle(toy_bundles[0]).manifest
+    splits = Splits.model_validate(manifest.provenance["recipe"]["splits"])
+    assert (out / "data" / "patterns" / prepared_name(manifest.pixels, splits) / "index.json").is_file()
 
 
 def test_the_report_is_rendered_from_records_alone(out: Path, records: list[Record], tmp_path: Path) -> None:
@@ -275,8 +279,55 @@ def test_attacked_pictures_are_files_within_the_budget(
         clean = np.asarray(Image.open(file.with_name(file.name.replace("-pgd", "-clean")))).astype(int)
         difference = np.abs(np.asarray(Image.open(file)).astype(int) - clean)
         assert 0 < difference.max() <= 12
-    victim = Graph(load_bundle(toy_bundles[0]).model).encoder("tripwire")
-    assert victim is not None
+
+
+def test_a_universal_attack_is_not_kept_for_another_size(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(size: str) -> list[Path]:
+        attack(toy_bundles[0], task_folder, tmp_path, name="uap", epsilon=12, images=2, size=size, seed=0, bars=QuietBars())
+        return sorted((tmp_path / ".data").rglob("*.npz"))
+
+    first = made("smoke")
+    assert made("smoke") == first
+    monkeypatch.setitem(SIZES, "small", dataclasses.replace(SIZES["smoke"], surrogate=SIZES["smoke"].surrogate))
+    assert len(made("small")) == 2
+
+
+def test_a_targeted_attack_imitates_another_class() -> None:
+    labels = np.repeat(np.arange(4), 5)
+    pool, rng = np.arange(20), np.random.default_rng(0)
+    for which in (pool, np.array([7]), np.array([0, 1, 2])):
+        found = of_another_class(labels, which, pool, rng)
+        assert (labels[found] != labels[which]).all()
+    # Without classes: another image, as long as there is one.
+    alike = of_another_class(np.full(20, -1), np.array([0, 3]), np.array([0, 3, 9]), rng)
+    assert alike.tolist() == [9, 0]
+
+
+def test_records_of_another_size_or_bundle_are_not_taken_for_these(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
+) -> None:
+    def run(size: str) -> None:
+        evaluate(
+            [toy_bundles[0]],
+            {"patterns": task_folder},
+            tmp_path,
+            size=size,
+            attacks=("noise",),
+            epsilons=(8,),
+            seeds=(0,),
+            bars=QuietBars(),
+        )
+
+    run("smoke")
+    with pytest.raises(RecordsError, match="at size smoke, and this is size small: measure into another --out"):
+        run("small")
+    (file,) = (tmp_path / "records").rglob("noise-8-0.jsonl")
+    digest = load_bundle(toy_bundles[0]).manifest.digest
+    file.write_text(file.read_text().replace(digest, "f" * 64))
+    with pytest.raises(RecordsError, match="at digest ffffffffffff"):
+        run("smoke")
 
 
 def test_grey_boxes_of_other_and_of_several_surrogates(
@@ -322,6 +373,12 @@ def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: P
         run(size="huge")
     with pytest.raises(AttackError, match="pgd"):
         run(attacks=("pdg",))
+    with pytest.raises(AttackError, match=r"whole number .* not 2\.5"):
+        run(epsilons=(8.0, 2.5))
+    with pytest.raises(AttackError, match="not 0"):
+        run(epsilons=(0.0,))
+    with pytest.raises(EvaluationError, match="negative"):
+        run(seeds=(0, -1))
     with pytest.raises(EvaluationError, match="another bundle"):
         run(surrogates=[toy_bundles[0]], size="smoke")
     with pytest.raises(EvaluationError, match="of one recipe"):

@@ -160,6 +160,8 @@ def test_refusals_before_any_work(
         photographs(root=tmp_path / "empty")
     with pytest.raises(TwogateError, match="square, nes"):
         probe_blackbox(place, served.url, "x", task_folder, tmp_path, searches=("guess",), size="smoke", bars=QuietBars())
+    with pytest.raises(TwogateError, match="images need classes"):
+        probe_blackbox(place, served.url, "x", pictures, tmp_path, size="smoke", bars=QuietBars())
     assert not list(tmp_path.rglob("*.jsonl"))
 
 

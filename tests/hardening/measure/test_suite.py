@@ -20,9 +20,10 @@ from hardening.calibrate import Calibrated, calibrate
 from hardening.data import Dataset
 from hardening.encoders import Encoder
 from hardening.export import export
-from hardening.graph import GraphError
+from hardening.graph import Graph, GraphError
 from hardening.heads import Linear
 from hardening.measure import rivals
+from hardening.measure.oblivious import fingerprint
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, _Room, craft_perturbations, measure_task
@@ -122,6 +123,7 @@ def plan(place: Path, out: Path, **changed: object) -> Plan:
         "convergence": False,
         "epsilons": (10.0,),
         "seeds": (0,),
+        "attackers": "",
         "out": out,
         "origin": ORIGIN,
         "device": "cpu",
@@ -222,6 +224,17 @@ def test_bundles_of_one_public_victim_share_its_attacks(
     other_images = dataclasses.replace(toy_dataset, images=255 - np.array(toy_dataset.images))
     measured(plan(toy_bundles[0], tmp_path, attacks=("pgd",), origin=dataclasses.replace(ORIGIN, bundle="x")), other_images)
     assert len(kept()) == 3  # other images, other attacks on them
+
+
+def test_attacks_are_of_one_public_victim_and_its_normalisation(toy_bundles: tuple[Path, Path]) -> None:
+    graph = Graph(load_bundle(toy_bundles[0]).model)
+    victim = graph.encoder("tripwire")
+    before = fingerprint(victim)
+    assert fingerprint(graph.encoder("tripwire")) == before
+    read = {name for step in graph._needed([graph.feature_names["tripwire"]]) for name in step.inputs}
+    constant = next(name for name in read if name in graph.constants and graph.constants[name].is_floating_point())
+    graph.constants[constant] = graph.constants[constant] * 1.5 + 1
+    assert fingerprint(victim) != before
 
 
 def test_a_bundle_without_a_tripwire_needs_the_public_victim(
