@@ -78,4 +78,8 @@ def train(
     typer.echo(f"task {task}: {len(trained.task.classes)} classes, {fusion} fusion, {trained.task.trained_on}", err=True)
     for metric, value in trained.task.metrics.items():
         typer.echo(f"{metric}: {100 * value:.1f}%", err=True)
+    if trained.seen:
+        from hardening.heads import SEEN
+
+        typer.echo(f"note: {SEEN}", err=True)
     typer.echo(trained.place)

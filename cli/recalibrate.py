@@ -56,6 +56,8 @@ def recalibrate(
         supported = "is supported" if budget >= smallest else f"needs {round(1 / budget) - 1} images"
         typer.echo(f"  max_fpr {budget:g} {supported}", err=True)
     if done.calibration.changes:
-        typer.echo(f"  twice that at most after each of {', '.join(done.calibration.changes)}", err=True)
+        changes, alone = ", ".join(done.calibration.changes), done.calibration.each_alone_from
+        typer.echo(f"  twice that at most after each of {changes}", err=True)
+        typer.echo(f"  (from {alone:.2g} on; below, after all of them together: bring more images for less)", err=True)
         typer.echo(f"  of the images themselves, unchanged, {done.quiet:.1%} are flagged at {USUAL_BUDGET:g}", err=True)
     typer.echo(done.place)

@@ -22,6 +22,7 @@ from hardening.files import write_atomically
 from hardening.progress import Bars
 from hardening.recipe import RecipeError, Splits
 from model_store.errors import ImageError, TwogateError
+from model_store.folder import files_below
 from model_store.pixels import PixelRule, decode, decode_small
 
 UNLABELLED = -1
@@ -101,7 +102,7 @@ def prepare(root: Path, rule: PixelRule, splits: Splits, seed: int, into: Path, 
 
     `root` holds `train/<class>/*` and `test/<class>/*`, or flat folders without classes (`train/*`, `test/*`, or images
     right in `root`); an optional `calibration/` holds clean images of the deployment's domain, labelled or not. Without
-    `test/`, a fifth of the images is set aside. DataError says what is missing.
+    `test/`, a fifth of the images is set aside. Hidden files and folders are left out. DataError says what is missing.
     """
     groups, classes = _scan(root)
     files = json.dumps([(g, p, (root / p).stat().st_size) for g, p, _ in groups])
@@ -161,20 +162,21 @@ def _scan(root: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
 
-    def files(folder: Path) -> list[Path]:
-        return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    def shown(folder: Path) -> list[Path]:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
-    if not (root / "train").is_dir():
-        found = [("train", str(p.relative_to(root)), UNLABELLED) for p in sorted(root.iterdir()) if p.is_file()]
+    classes: list[str] = []
+    found: list[tuple[str, str, int]] = []
+    if (root / "train").is_dir():
+        classes = [p.name for p in shown(root / "train") if p.is_dir()]
+        if len(classes) < 2:
+            classes = []
+    else:
+        found = [("train", p.name, UNLABELLED) for p in shown(root) if p.is_file()]
         if not found:
             raise DataError(f"{root} holds neither train/<class>/*, nor train/*, nor images")
-        return found, []
-    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-    if len(classes) < 2:
-        classes = []
-    found = []
     for group in ("train", "test", "calibration"):
-        for file in files(root / group) if (root / group).is_dir() else []:
+        for file in sorted(files_below(root / group)):
             path = file.relative_to(root)
             folder = path.parts[1] if len(path.parts) > 2 else ""
             label = classes.index(folder) if folder in classes else UNLABELLED

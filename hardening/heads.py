@@ -2,9 +2,11 @@
 
 Each branch of the embedding gets a linear head, fitted alone as `branches.train_head` does; their fusion and the last softmax
 are part of one small ONNX graph. `rfdm` is the paper's fusion (ZePAD section 3): a sum of logits, each weighted by its head's
-certainty. `guarded`, the default, adds up votes that are bounded, so that no branch decides alone, and takes the vote from a
-branch that its own evidence speaks against (`branches.guarded_vote`). How sharp each head's probabilities are is fitted on
-held-out folds: by what the heads add to each other there (stacking: Wolpert 1992, Breiman 1996).
+certainty. `guarded`, the default, adds up votes that are bounded, so that no branch decides alone, and takes half of the vote
+from a branch that its own evidence speaks against (`branches.guarded_vote`). How sharp each head's probabilities are is
+fitted on held-out folds: by what the heads add to each other there (stacking: Wolpert 1992, Breiman 1996). Branches also err
+together, so added votes are too sure of themselves; a temperature of the fusion, fitted on the same folds (Guo et al. 2017),
+makes its probabilities as large as they are right.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import cross_val_predict
@@ -47,6 +49,11 @@ _TOWARDS_1 = 0.01
 _STEPS = 300
 VALIDATION_SHARE = 0.15
 FOLDS = 3
+SEEN = (
+    "The classes are those of the images that the bundle was hardened on. Where these are the same images, the encoders know "
+    "them: the head learns from features that are better than those of new images, and the validation accuracy is too good. "
+    "Train on images that `twogate harden` did not get."
+)
 MIN_PER_CLASS = 5
 """One to validate on, and more than one a fold to train on."""
 _OPSET, _IR = 17, 8  # old enough for every host that runs the main graph
@@ -88,6 +95,8 @@ class Trained:
     """The folder of the new version."""
     task: Task
     skipped: tuple[tuple[Path, str], ...]
+    seen: bool
+    """Whether its classes are those of the data that the bundle was hardened on."""
 
 
 def add_head(
@@ -123,8 +132,8 @@ def add_head(
     test = np.array([path in testing for path in answers.paths])
     _check_counts(labels[~test], data.classes)
     train, validation = hold_out(labels, ~test, seed)
-    heads = train_heads(manifest, answers.embedding[train], labels[train], len(data.classes))
-    graph = head_graph(manifest, heads, fusion)
+    heads, held_out = _trained(manifest, answers.embedding[train], labels[train], len(data.classes))
+    graph = head_graph(manifest, heads, fusion, _sharpness(held_out, labels[train], heads, fusion))
     where = folder.resolve().name
     task = Task(
         name=name,
@@ -148,15 +157,16 @@ def add_head(
         "seed": seed,
         "libraries": {library: importlib.metadata.version(library) for library in ("scikit-learn", "onnx", "numpy")},
     }
+    seen = sorted(data.classes) == sorted(manifest.provenance.get("data", {}).get("classes", ()))
     place = revise(
         bundle,
         store,
         fields={"tasks": (*(one for one in manifest.tasks if one.name != name), task)},
         files={task.file: graph},
-        card=_card(bundle, task, counts, where),
+        card=_card(bundle, task, counts, where) + (f"\n\n{SEEN}" if seen else ""),
         record=record,
     )
-    return Trained(place, task, answers.skipped)
+    return Trained(place, task, answers.skipped, seen)
 
 
 def labelled(folder: Path) -> Labelled:
@@ -206,6 +216,13 @@ def train_heads(manifest: Manifest, embedding: NDArray[np.float32], labels: NDAr
     A head reads its branch's features; or the early stages too; or the layout as well: what its folds found best. Traffic
     signs want the layout, a hundred classes with few images each are learned worse with it.
     """
+    return _trained(manifest, embedding, labels, classes)[0]
+
+
+def _trained(
+    manifest: Manifest, embedding: NDArray[np.float32], labels: NDArray[np.int64], classes: int
+) -> tuple[list[Linear], NDArray[np.float64]]:
+    """`train_heads`, and the logits [N, B, C] of such heads for the folds that they were not fitted on."""
     parts = [branch for branch in manifest.branches if branch.embedding_dim]
     # The embedding is the unit-length features side by side, divided by this.
     root = math.sqrt(len(parts))
@@ -219,12 +236,16 @@ def train_heads(manifest: Manifest, embedding: NDArray[np.float32], labels: NDAr
             heads.append(Linear(branch.name, start, best.weight * root, best.bias))
             held_out.append(best.held_out(columns, labels))
         start = end
-    scales = _stack(np.stack(held_out, axis=1), labels)
-    return [replace(head, scale=scale) for head, scale in zip(heads, scales, strict=True)]
+    logits = np.stack(held_out, axis=1)
+    scales = _stack(logits, labels)
+    return [replace(head, scale=scale) for head, scale in zip(heads, scales, strict=True)], logits
 
 
-def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> bytes:
-    """The graph of the contract: embedding [N, D] and confidence [N, B] in, probabilities [N, C] out."""
+def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion, sharpness: float = 1.0) -> bytes:
+    """The graph of the contract: embedding [N, D] and confidence [N, B] in, probabilities [N, C] out.
+
+    `sharpness`, one over a temperature, multiplies the fused votes before the last softmax.
+    """
     names = [branch.name for branch in manifest.branches]
     classes = heads[0].weight.shape[1]
     constants: dict[str, NDArray[Any]] = {
@@ -273,7 +294,9 @@ def head_graph(manifest: Manifest, heads: Sequence[Linear], fusion: Fusion) -> b
     node("Unsqueeze", ["share", "last"], "share_column")
     node("Mul", ["vote", "share_column"], "weighted")
     node("ReduceSum", ["weighted", "columns"], "fused", keepdims=0)
-    node("Softmax", ["fused"], "probabilities", axis=1)
+    constants["sharpness"] = np.array(sharpness, np.float32)
+    node("Mul", ["fused", "sharpness"], "sharpened")
+    node("Softmax", ["sharpened"], "probabilities", axis=1)
     graph = helper.make_graph(
         nodes,
         "task",
@@ -323,6 +346,24 @@ def _stack(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> list[float
         return float(_TOWARDS_1 * np.square(logarithms).sum() - likelihood.mean())
 
     return [float(scale) for scale in np.exp(minimize(loss, np.zeros(logits.shape[1]), method="L-BFGS-B").x)]
+
+
+def _sharpness(logits: NDArray[np.float64], labels: NDArray[np.int64], heads: Sequence[Linear], fusion: Fusion) -> float:
+    """The likeliest factor of the fused votes, of held-out logits [N, B, C]; every branch is trusted, as on clean images."""
+    if fusion == "rfdm":
+        certainty = softmax(logits, axis=2).max(axis=2)
+        weight = certainty * np.exp(RFDM_K * (certainty - 0.5))
+        votes = np.einsum("nbc,nb->nc", logits, weight / weight.sum(axis=1, keepdims=True))
+    else:
+        scaled = logits * np.array([head.scale for head in heads])[:, None]
+        votes = np.log(softmax(scaled, axis=2) + VOTE_FLOOR / logits.shape[2]).sum(axis=1)
+
+    def loss(logarithm: float) -> float:
+        likelihood = log_softmax(np.exp(logarithm) * votes, axis=1)[np.arange(len(labels)), labels]
+        # Drawn towards 1, or folds without an error would make it as large as it may be.
+        return float(_TOWARDS_1 * logarithm**2 - likelihood.mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def _both(values: NDArray[np.float64]) -> NDArray[np.float64]:

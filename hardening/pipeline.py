@@ -8,6 +8,7 @@ Every stage leaves its result in the run directory, written beside and renamed; 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -41,7 +42,7 @@ from hardening.pretrain import pretrain
 from hardening.process import prepare_process
 from hardening.progress import Bars
 from hardening.provenance import commit
-from hardening.recipe import Recipe, load_recipe
+from hardening.recipe import Recipe, RecipeError, load_recipe
 from hardening.sentinel import train_sentinel
 from hardening.workers import Job, run_jobs
 from model_store.bundle import Bundle, load_bundle, verify_bundle
@@ -86,25 +87,26 @@ def harden(
             if place.is_dir():
                 shown.say(f"this run has already published {place}; a new run directory starts anew")
                 return place
-        place = _run(recipe, data_root, store, run, device, shown)
-        write_atomically(finished, json.dumps({"bundle": str(place.resolve())}).encode())
-        return place
+        return _run(recipe, data_root, store, run, finished, device, shown)
 
 
-def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, device: str, bars: Bars) -> Path:
+def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, finished: Path, device: str, bars: Bars) -> Path:
     dataset = data.prepare(data_root, recipe.pixels, recipe.splits, recipe.splits.seed, run / "data", bars)
     bars.say(f"data: {', '.join(f'{len(indices)} {name}' for name, indices in dataset.splits.items() if len(indices))}")
+    if recipe.detector == PaperDetector.name and not dataset.labelled:
+        raise RecipeError("the detector `paper` reads classifier heads and needs labelled images, train/<class>/*")
     staged = run / "staged"
     if not versions(staged, recipe.name):
         _stage(recipe, data_root, dataset, staged, run, device, bars)
     bundle = load_bundle(resolve(staged, recipe.name))
+    for line in verify_bundle(bundle.path):
+        bars.say(f"verified {line}")
     records = _measured(bundle, recipe, dataset, run, device, bars)
     with publishing(store, recipe.name) as publication:
         (publication.path / MODEL_FILE).write_bytes(bundle.model)
         write_card(publication.path, bundle.manifest, records)
         place = publication.seal(bundle.manifest)
-    for line in verify_bundle(place):
-        bars.say(f"verified {line}")
+    write_atomically(finished, json.dumps({"bundle": str(place.resolve())}).encode())
     bars.say(f"published {place}")
     calibration = bundle.manifest.calibration
     smallest = calibration.smallest_budget
@@ -160,6 +162,7 @@ def _stage(recipe: Recipe, data_root: Path, dataset: data.Dataset, staged: Path,
         provenance={
             "recipe": recipe.model_dump(mode="json"),
             "data": dataset.summary(),
+            "weights": _weights(recipe),
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             "python": platform.python_version(),
             "commit": commit(),
@@ -197,7 +200,7 @@ def public_encoder(recipe: Recipe, dataset: data.Dataset, role: str, run: Path, 
     # Encoders of one architecture must not start from the same random weights. What stands in for a public encoder is the
     # same one for every seed of a defence, as a downloaded file would be.
     public = spec.pretrain is not None and spec.pretrain.split == "public"
-    seed = ROLES.index(role) + (0 if public else recipe.seed)
+    seed = ROLES.index(role) + len(ROLES) * (0 if public else recipe.seed)
     # Said once, not again when a finished training is loaded.
     done = (run / "encoders" / f"finetune {role}.pt").exists()
     key = _key(run / "encoders" / f"key {role}.pt") if spec.keyed else None
@@ -295,7 +298,8 @@ def _training_seconds(run: Path) -> dict[str, int]:
     histories = {
         file.stem: load_tensors(file)["history"]
         for file in sorted((run / "encoders").glob("*.pt"))
-        if not file.stem.startswith("key ")
+        # Beside trainings lie secret keys, and what a stop at a bad moment left.
+        if not file.stem.startswith("key ") and not file.stem.endswith((".checkpoint", ".attacks"))
     }
     return {
         job: round(sum(record["seconds"] for record in history))
@@ -304,19 +308,33 @@ def _training_seconds(run: Path) -> dict[str, int]:
     }
 
 
+def _weights(recipe: Recipe) -> dict[str, str]:
+    """sha256 of each role's weights file: one that is written over meanwhile is another encoder."""
+    specs = {role: getattr(recipe, role).weights for role in ROLES}
+    return {
+        role: hashlib.sha256(encoders.find_weights(source).read_bytes()).hexdigest()
+        for role, source in specs.items()
+        if source not in (None, "timm")
+    }
+
+
 @contextmanager
 def _owned(run: Path, recipe: Recipe, data_root: Path) -> Iterator[None]:
-    """Hold the run directory; RunError where another process has it or it belongs to another recipe or data folder."""
+    """Hold the run directory; RunError where another process has it, or it belongs to another recipe, data folder or weights
+    file."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is working in {run}") from None
-        identity = json.dumps({"recipe": recipe.model_dump(mode="json"), "data": str(data_root.resolve())}, indent=1)
+        parts = {"recipe": recipe.model_dump(mode="json"), "data": str(data_root.resolve()), "weights": _weights(recipe)}
+        identity = json.dumps(parts, indent=1)
         file = run / "run.json"
         if not file.exists():
             write_atomically(file, identity.encode())
         elif file.read_text(encoding="utf-8") != identity:
-            raise RunError(f"{run} belongs to another recipe or data folder; choose another one with --run, or remove it")
+            raise RunError(
+                f"{run} belongs to another recipe, data folder or weights file; choose another one with --run, or remove it"
+            )
         yield

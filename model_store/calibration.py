@@ -4,9 +4,9 @@ The operator chooses a false-positive budget, never a threshold. Split-conformal
 Learning in a Random World", ch. 2): for a fresh clean image exchangeable with the calibration images, P(p <= a) <= a.
 
 A table may promise more: that of fresh images after an honest change (`model_store.honest`) at most 2 a have p <= a, for each
-kind of change on its own, and for the smallest a, of which single images decide, for all kinds together. Its scores are
-then raised to those of changed copies of calibration images, and of clean images fewer than a have p <= a. Tiny pictures
-pay for that with attacks unseen.
+kind of change on its own, and where single images would decide (`each_alone_from`), for all kinds together. Its scores are
+then raised to those of changed copies of calibration images, and of clean images fewer than a have p <= a. Tiny pictures pay
+for that with attacks unseen.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ from model_store.errors import TwogateError
 
 _FEWEST = 5
 """Copies of a kind of change above a score, that this kind may decide alone."""
+_MOST_COPIES = 500
+
+
+def copies_of(n: int) -> int:
+    """How many of n calibration images are changed in each way: half of them, which can tell twice a budget as well as all
+    can tell the budget, and 500 at most: each kind then decides alone from 0.005 on."""
+    return min((n + 1) // 2, _MOST_COPIES)
 
 
 def is_empty(values: tuple[object, ...]) -> bool:
@@ -91,12 +98,22 @@ class Calibration(BaseModel):
     @property
     def words(self) -> str:
         """What it was made of, and after which honest changes at most twice max_fpr are flagged."""
-        return f"{self.source}; quiet after {', '.join(self.changes)}" if self.changes else self.source
+        if not self.changes:
+            return self.source
+        return f"{self.source}; quiet after {', '.join(self.changes)} (each alone from max_fpr {self.each_alone_from:.2g} on)"
 
     @property
     def smallest_budget(self) -> float:
         """The smallest false-positive rate that n clean images can promise: 1 / (n + 1)."""
         return 1 / (self.n + 1)
+
+    @property
+    def each_alone_from(self) -> float:
+        """The smallest max_fpr of which the promise after honest changes holds for each kind on its own.
+
+        Below, it holds for all kinds together, and a loud one may have all that the quiet ones leave.
+        """
+        return _FEWEST / (2 * (copies_of(self.n) + 1))
 
     @cached_property
     def _table(self) -> NDArray[np.float64]:

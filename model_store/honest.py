@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
+from model_store.calibration import copies_of
 from model_store.pixels import PixelRule, to_input
 
 _RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
@@ -41,9 +42,8 @@ def changed_each_way(
 
 
 def to_be_changed(n: int) -> NDArray[np.int64]:
-    """Which of n calibration images to change: half of them, which can tell twice a budget as well as all can tell the
-    budget, and 500 at most: each kind then decides alone from 0.005 on."""
-    return np.linspace(0, n - 1, min((n + 1) // 2, 500)).round().astype(np.int64)
+    """Which of n calibration images to change, [m], evenly spread."""
+    return np.linspace(0, n - 1, copies_of(n)).round().astype(np.int64)
 
 
 def noisy(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -32,7 +32,7 @@ USUAL_BUDGET = 0.01
 _BATCH = 16
 _QUIET = """
 Half of them, 500 at most, were scored after each honest change too, so that of such pictures at most twice max_fpr are
-flagged.
+flagged: after each change from a max_fpr of {:.2g} on, below that after all of them together.
 """
 
 
@@ -93,7 +93,7 @@ def recalibrate(
 From {bundle.label}, the same graph. {n} clean images replace the calibration of before ({before.source}); the smallest
 max_fpr that they support is {calibration.smallest_budget:.2g}. Rates of false alarms that were measured above held for
 the calibration of before.
-{_QUIET if calibration.changes else ""}"""
+{_QUIET.format(calibration.each_alone_from) if calibration.changes else ""}"""
     record = {"recalibrated_on": name, "images": n, "skipped": len(answers.skipped), "sha256": answers.digest}
     return Recalibrated(
         revise(bundle, store, fields={"calibration": calibration}, card=card, record=record), calibration, answers

@@ -54,7 +54,7 @@ class TaskHead:
     def run(self, embedding: NDArray[np.float32], confidence: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities [N, C] for embeddings [N, D] and confidences [N, B] of the main graph.
 
-        A confidence that is no number counts as none: that branch has no say where the fusion is guarded.
+        A confidence that is no number counts as none, which halves that branch's vote where the fusion is guarded.
         """
         sound = np.where(np.isfinite(confidence), confidence, np.float32(0)).astype(np.float32, copy=False)
         (probabilities,) = self._session.run(["probabilities"], {"embedding": embedding, "confidence": sound})

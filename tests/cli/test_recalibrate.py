@@ -53,8 +53,9 @@ def test_it_says_what_being_quiet_on_changes_leaves(twogate: Twogate, own_store:
     revise(bundle, own_store, fields={"calibration": table}, card="", record={})
     result = twogate("recalibrate", "tiny/3", "--data", scans, "--store", own_store)
     assert result.exit_code == 0, result.stderr
-    changes, left = result.stderr.splitlines()[-2:]
+    changes, alone, left = result.stderr.splitlines()[-3:]
     assert changes == f"  twice that at most after each of {', '.join(KINDS)}"
+    assert alone == "  (from 0.041 on; below, after all of them together: bring more images for less)"
     assert re.fullmatch(r"  of the images themselves, unchanged, 0\.[08]% are flagged at 0\.01", left)
 
 

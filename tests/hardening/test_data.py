@@ -84,6 +84,26 @@ def test_files_that_changed_since_are_refused(tmp_path: Path) -> None:
         read(root, tmp_path / "data")
 
 
+def test_beside_pictures_without_a_folder_test_and_calibration_are_what_they_say(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name, count in (("", 80), ("test", 40), ("calibration", 60)):
+        write_pictures(root / name, patterns(30)[0][:count], prefix=name or "x")
+    dataset = read(root, tmp_path / "data")
+    assert not dataset.labelled
+    for split, count in (("test", 40), ("calibration", 60)):
+        assert [dataset.paths[index].split("/")[0] for index in dataset.splits[split]] == [split] * count
+
+
+def test_hidden_folders_are_no_classes_and_hold_no_data(tmp_path: Path) -> None:
+    root = write_patterns(tmp_path / "root", train=24, test=5)
+    plain = read(root, tmp_path / "plain")
+    for place in ("train/.ipynb_checkpoints", "train/class0/.thumbnails", "test/.trash", "calibration/.trash"):
+        write_pictures(root / place, patterns(1)[0][:3])
+    hidden = read(root, tmp_path / "hidden")
+    assert hidden.paths == plain.paths
+    assert hidden.classes == plain.classes
+
+
 def test_another_pixel_rule_is_not_served_images_of_this_one(labelled: Path, tmp_path: Path) -> None:
     read(labelled, tmp_path)
     wider = RULE.model_copy(update={"width": 2 * RULE.width})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,20 @@ import torch
 from numpy.typing import NDArray
 
 from hardening.branches import fuse, guarded_vote, rfdm_weights, train_head
-from hardening.heads import VOTE_FLOOR, Fusion, HeadError, Linear, add_head, head_graph, hold_out, labelled, train_heads
+from hardening.heads import (
+    SEEN,
+    VOTE_FLOOR,
+    Fusion,
+    HeadError,
+    Linear,
+    _sharpness,
+    _trained,
+    add_head,
+    head_graph,
+    hold_out,
+    labelled,
+    train_heads,
+)
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.folder import FolderError
 from model_store.manifest import MODEL_FILE, Branch, Manifest
@@ -178,6 +192,38 @@ def test_a_head_that_adds_nothing_to_the_others_is_turned_down_and_not_off(tiny:
     scales = [head.scale for head in train_heads(manifest, embedding, labels, 4)]
     assert min(scales[:2]) > 1.2
     assert 0.05 < scales[2] < 0.8 * min(scales[:2])
+
+
+@pytest.mark.parametrize("fusion", ["guarded", "rfdm"])
+def test_probabilities_are_as_large_as_they_are_right(tiny: Path, fusion: Fusion) -> None:
+    """Branches that err together are no three witnesses."""
+    manifest = load_bundle(tiny).manifest
+    rng = np.random.default_rng(0)
+    labels = np.arange(6000) % 3
+    shared = rng.normal(size=(6000, 8)) + 1.2 * np.eye(8)[labels]
+    embedding = np.tile(shared, 3).astype(np.float32) + rng.normal(0, 0.1, (6000, 24)).astype(np.float32)
+    heads, held_out = _trained(manifest, embedding[:2000], labels[:2000], 3)
+    sharpness = _sharpness(held_out, labels[:2000], heads, fusion)
+    answers = []
+    for factor in (sharpness, 1.0):
+        session = ort.InferenceSession(head_graph(manifest, heads, fusion, factor), providers=["CPUExecutionProvider"])
+        trusted = np.ones((4000, 4), np.float32)
+        answers.append(session.run(None, {"embedding": embedding[2000:], "confidence": trusted})[0])
+    fitted, plain = answers
+    right = (fitted.argmax(axis=1) == labels[2000:]).mean()
+    assert abs(fitted.max(axis=1).mean() - right) < 0.04
+    if fusion == "guarded":
+        assert plain.max(axis=1).mean() > right + 0.06
+    np.testing.assert_array_equal(fitted.argmax(axis=1), plain.argmax(axis=1))
+
+
+def test_classes_that_the_encoders_were_tuned_on_are_told(tiny: Path, digits: Path) -> None:
+    bundle = load_bundle(tiny)
+    assert not add_head(bundle, tiny.parent.parent, "digits", digits).seen
+    manifest = bundle.manifest.model_copy(update={"provenance": {"data": {"classes": ["2", "1", "0"]}}})
+    found = add_head(dataclasses.replace(bundle, manifest=manifest), tiny.parent.parent, "digits", digits)
+    assert found.seen
+    assert SEEN in (found.place / "card.md").read_text(encoding="utf-8")
 
 
 def test_training_publishes_a_version_that_classifies(tiny: Path, digits: Path) -> None:

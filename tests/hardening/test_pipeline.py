@@ -25,7 +25,7 @@ from hardening.measure.oblivious import AttackError
 from hardening.measure.records import read
 from hardening.measure.suite import Plan
 from hardening.pipeline import RunError, harden
-from hardening.recipe import load_recipe
+from hardening.recipe import RecipeError, load_recipe
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.store import versions
 from tests.conftest import REPOSITORY
@@ -131,12 +131,32 @@ def test_a_finished_run_returns_its_bundle(killed: Killed) -> None:
 
 
 def test_a_run_of_another_recipe_or_data_folder_is_refused(killed: Killed, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="belongs to another recipe or data folder"):
+    with pytest.raises(RunError, match="belongs to another recipe, data folder or weights file"):
         again(killed, recipe_path=write_recipe(tmp_path / "other.yaml", seed=5))
-    with pytest.raises(RunError, match="belongs to another recipe or data folder"):
+    with pytest.raises(RunError, match="belongs to another recipe, data folder or weights file"):
         again(killed, data_root=tmp_path)
     # The same recipe in another file is the same recipe.
     assert again(killed, recipe_path=write_recipe(tmp_path / "same.yaml")).samefile(killed.bundle)
+
+
+def test_a_weights_file_that_was_written_over_is_another_encoder(tmp_path: Path) -> None:
+    weights = tmp_path / "last.pt"
+    torch.save({}, weights)
+    spec = {"architecture": "resnet8_cifar", "weights": str(weights)}
+    recipe = load_recipe(write_recipe(tmp_path / "tiny.yaml", victim=spec))
+    with pipeline._owned(tmp_path / "run", recipe, tmp_path):
+        pass
+    torch.save({"other": 1}, weights)
+    with pytest.raises(RunError, match="weights file"), pipeline._owned(tmp_path / "run", recipe, tmp_path):
+        raise AssertionError("owned")
+
+
+def test_what_a_stop_left_beside_the_trainings_is_not_counted(tmp_path: Path) -> None:
+    (tmp_path / "encoders").mkdir()
+    for name, history in (("sentinel", [{"seconds": 2.0}]), ("finetune bmp.checkpoint", [{"seconds": 9.0}])):
+        torch.save({"history": history}, tmp_path / "encoders" / f"{name}.pt")
+    torch.save({"pgd": torch.zeros(1)}, tmp_path / "encoders" / "sentinel.attacks.pt")
+    assert pipeline._training_seconds(tmp_path) == {"sentinel": 2}
 
 
 @pytest.fixture
@@ -274,6 +294,14 @@ def test_the_papers_detector_goes_all_the_way(killed: Killed, tmp_path: Path) ->
     # Its own rule is not shown twice, and the victim that is not shipped is attacked and compared with all the same.
     assert "paper, S1" not in card
     assert "| undefended victim |" in card
+
+
+def test_the_papers_detector_without_labels_is_refused_before_hours_of_training(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "root", patterns(50)[0])
+    file = write_recipe(tmp_path / "tiny.yaml", labelled=False, detector="paper")
+    with pytest.raises(RecipeError, match="needs labelled images"):
+        harden(file, tmp_path / "root", tmp_path / "store", tmp_path / "run", "cpu", QuietBars())
+    assert not (tmp_path / "run" / "encoders").exists()
 
 
 def test_pictures_without_labels_go_all_the_way(tmp_path: Path) -> None:

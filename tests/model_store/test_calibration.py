@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from model_store.calibration import BudgetTooSmall, Calibration
+from model_store.calibration import BudgetTooSmall, Calibration, copies_of
 from model_store.errors import TwogateError
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
@@ -121,6 +121,23 @@ def test_single_copies_of_a_kind_do_not_decide() -> None:
     loud[4] = 9.0
     table = Calibration.of("test", np.zeros(999), {"one": loud, "another": np.zeros(500), "third": np.zeros(500)})
     assert table.p_value([9.5, 9.0, 8.0]) == pytest.approx([0.001, 0.006, 0.006])
+
+
+@pytest.mark.parametrize("n", [99, 250, 1000])
+def test_from_where_on_each_kind_alone_is_promised(n: int) -> None:
+    """One loud kind among quiet ones: it alone keeps twice a budget from there on, and not at half of that."""
+    rng, kept = np.random.default_rng(0), []
+    alone = Calibration(source="", scores=(0.0,) * n, changes=("x",)).each_alone_from
+    assert alone == pytest.approx(5 / (2 * (copies_of(n) + 1)))
+    for _ in range(300):
+        changed = {"loud": rng.normal(2, 1, copies_of(n)), **{str(kind): rng.normal(size=copies_of(n)) for kind in range(8)}}
+        table = Calibration.of("test", rng.normal(size=n), changed)
+        fresh = table.p_value(rng.normal(2, 1, 400))
+        kept.append([(fresh <= budget).mean() / (2 * budget) for budget in (alone + 1e-9, alone / 2)])
+    at, below = np.mean(kept, axis=0)
+    assert at <= 1.05
+    assert below > 1.5
+    assert f"each alone from max_fpr {alone:.2g} on" in table.words
 
 
 def test_a_budget_that_the_copies_cannot_bound_has_their_highest_score() -> None:
