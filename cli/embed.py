@@ -118,6 +118,8 @@ def _check(output: Path, overwrite: bool) -> None:
         raise typer.BadParameter(f"{output} must end in .parquet", param_hint="--output")
     if not output.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+    if output.is_dir():
+        raise typer.BadParameter(f"{output} is a folder", param_hint="--output")
     if output.exists() and not overwrite:
         raise typer.BadParameter(f"{output} exists; --overwrite replaces it", param_hint="--output")
 

@@ -83,7 +83,7 @@ def evaluate(
     try:
         page = measure(
             [_place(store, wanted) for wanted in bundles or []],
-            dict(_pair(text) for text in task or []),
+            _pairs(task or []),
             out,
             surrogates=[_place(store, one) for one in surrogate.split(",")] if surrogate else (),
             size=size,
@@ -93,7 +93,7 @@ def evaluate(
             baselines=_names(baselines, tuple(BASELINES)),
             convergence=convergence,
             epsilons=[_number(text) for text in epsilons.split(",")],
-            seeds=[int(_number(text)) for text in seeds.split(",")],
+            seeds=[whole_number(text) for text in seeds.split(",")],
             workers=workers,
             device=device,
             command=["twogate", *sys.argv[1:]],
@@ -150,6 +150,14 @@ def _pair(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
+def _pairs(texts: list[str]) -> dict[str, Path]:
+    pairs = [_pair(text) for text in texts]
+    twice = [name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number])]
+    if twice:
+        raise TwogateError(f"--task {twice[0]}= is there twice: give each folder a name of its own")
+    return dict(pairs)
+
+
 def _names(text: str, every: tuple[str, ...]) -> tuple[str, ...]:
     return {"all": every, "none": ()}.get(text) if text in ("all", "none") else tuple(text.split(","))  # type: ignore[return-value]
 
@@ -159,3 +167,11 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise TwogateError(f"{text!r} is no number") from None
+
+
+def whole_number(text: str) -> int:
+    """TwogateError where the text is no whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise TwogateError(f"{text!r} is no whole number") from None

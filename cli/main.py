@@ -21,6 +21,12 @@ class _Group(TyperGroup):
         except TwogateError as error:
             typer.echo(f"twogate: {error}", err=True)
             raise typer.Exit(1) from None
+        except OSError as error:
+            # A folder that cannot be written, a full disk. Without a file it is another matter, such as a closed pipe.
+            if error.filename is None:
+                raise
+            typer.echo(f"twogate: {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

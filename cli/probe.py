@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cli.evaluate import _number, _pair, _place
+from cli.evaluate import _pair, _place, whole_number
 from cli.extras import needs
 from cli.options import Store
 
@@ -67,7 +67,7 @@ def photographs(
             url,
             images,
             out,
-            sides=[int(_number(text)) for text in sides.split(",")],
+            sides=[whole_number(text) for text in sides.split(",")],
             epsilon=epsilon,
             size=size,
             seed=seed,

@@ -50,6 +50,8 @@ def recalibrate(
         )
     for path, reason in done.answers.skipped:
         typer.echo(f"skipped {path}: {reason}", err=True)
+    if done.copies:
+        typer.echo(f"left out {done.copies} files that are copies of others", err=True)
     smallest = done.calibration.smallest_budget
     typer.echo(f"calibrated on {done.calibration.n} clean images; the smallest max_fpr is {smallest:.2g}", err=True)
     for budget in (0.001, 0.01, 0.05):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +97,21 @@ def prepared_name(rule: PixelRule, splits: Splits) -> str:
     return hashlib.sha256(f"{rule.model_dump_json()} {splits.model_dump_json()}".encode()).hexdigest()[:8]
 
 
-def prepare(root: Path, rule: PixelRule, splits: Splits, seed: int, into: Path, bars: Bars) -> Dataset:
+def prepare(
+    root: Path,
+    rule: PixelRule,
+    splits: Splits,
+    seed: int,
+    into: Path,
+    bars: Bars,
+    least: Mapping[str, int] | None = None,
+) -> Dataset:
     """Decode all images below `root` into `into` and draw the splits; what is already there is loaded.
 
     `root` holds `train/<class>/*` and `test/<class>/*`, or flat folders without classes (`train/*`, `test/*`, or images
     right in `root`); an optional `calibration/` holds clean images of the deployment's domain, labelled or not. Without
-    `test/`, a fifth of the images is set aside. Hidden files and folders are left out. DataError says what is missing.
+    `test/`, a fifth of the images is set aside. Hidden files and folders are left out. DataError says what is missing;
+    `least` are the images that splits need, where neither heads nor a detector will be fitted.
     """
     groups, classes = _scan(root)
     files = json.dumps([(g, p, (root / p).stat().st_size) for g, p, _ in groups])
@@ -112,37 +121,44 @@ def prepare(root: Path, rule: PixelRule, splits: Splits, seed: int, into: Path, 
         index = json.loads(index_file.read_text(encoding="utf-8"))
         if index["listing"] != listing:
             raise DataError(
-                f"the files in {root}, or the pixel rule, are not those that this run began with; start a new run directory"
+                f"the files in {root}, or the pixel rule, are not those that this run began with; start with a new folder "
+                "(--run of harden, --out of others)"
             )
+        _require(index, least)
     else:
         into.mkdir(parents=True, exist_ok=True)
         index = _decode_all(root, groups, rule, array_file, bars)
         index["listing"] = listing
         index["classes"] = classes
         index["splits"] = _draw(index["groups"], index["labels"], splits, seed)
+        _require(index, least)  # before it is written, so that the same folder with more images is not another one
         write_atomically(index_file, json.dumps(index).encode())
-    chosen = {name: np.asarray(index["splits"][name], dtype=np.int64) for name in SPLITS}
-    for name, least in _MIN_PER_SPLIT.items():
-        if len(chosen[name]) < least:
-            raise DataError(f"the split `{name}` has {len(chosen[name])} images and needs {least}: bring more images")
     labels = np.asarray(index["labels"], dtype=np.int64)
-    for name, least in _MIN_PER_CLASS.items():
-        for label, category in enumerate(index["classes"]):
-            count = int((labels[chosen[name]] == label).sum())
-            if count < least:
-                raise DataError(f"the split `{name}` has {count} images of {category} and needs {least}: bring more images")
     return Dataset(
         # Files that are no image left unused rows at the end.
         images=np.load(array_file, mmap_mode="r")[: len(labels)],
         labels=labels,
         classes=tuple(index["classes"]),
         paths=tuple(index["paths"]),
-        splits=chosen,
+        splits={name: np.asarray(index["splits"][name], dtype=np.int64) for name in SPLITS},
         skipped=tuple((path, reason) for path, reason in index["skipped"]),
         digest=index["digest"],
         root=root,
         rule=rule,
     )
+
+
+def _require(index: Mapping[str, Any], least: Mapping[str, int] | None) -> None:
+    """DataError where a split has too few images, or, where heads are to be fitted, too few of a class."""
+    splits, labels = index["splits"], np.asarray(index["labels"])
+    for name, wanted in (_MIN_PER_SPLIT if least is None else least).items():
+        if len(splits[name]) < wanted:
+            raise DataError(f"the split `{name}` has {len(splits[name])} images and needs {wanted}: bring more images")
+    for name, wanted in _MIN_PER_CLASS.items() if least is None else ():
+        counts = np.bincount(labels[splits[name]], minlength=len(index["classes"])) if index["classes"] else ()
+        for category, count in zip(index["classes"], counts, strict=True):
+            if count < wanted:
+                raise DataError(f"the split `{name}` has {count} images of {category} and needs {wanted}: bring more images")
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hardening.branches import BRANCHES, TRIPWIRE
+from hardening.branches import BRANCHES, MPAE, TRIPWIRE
 from hardening.encoders import ScaledConv2d, as_input, features
 from model_store.errors import TwogateError
 from model_store.session import OUTPUTS, open_session
@@ -160,6 +160,9 @@ class Graph(nn.Module):
             # The same mean also standardises the features of changed pictures.
             if branch is not None and not any(map(_changes_the_picture, self._needed([step.inputs[0]]))):
                 found[branch] = joined.get(step.inputs[0], step.inputs[0])
+        # A victim that was not tuned is its own tripwire, and the exporter keeps one of two tensors that are the same.
+        if TRIPWIRE not in found and any(f".{TRIPWIRE}." in name for name in self.constants):
+            found[TRIPWIRE] = found[MPAE[0]]
         return found
 
 

@@ -32,7 +32,7 @@ from sklearn.model_selection import cross_val_predict
 
 from model_store.bundle import Bundle
 from model_store.errors import TwogateError
-from model_store.folder import Answers, answer_files, files_below
+from model_store.folder import Answers, answer_files, files_below, name_of
 from model_store.manifest import NAME_PATTERN, Manifest, Task, task_file
 from model_store.revise import revise
 from model_store.session import GateSession
@@ -134,7 +134,7 @@ def add_head(
     train, validation = hold_out(labels, ~test, seed)
     heads, held_out = _trained(manifest, answers.embedding[train], labels[train], len(data.classes))
     graph = head_graph(manifest, heads, fusion, _sharpness(held_out, labels[train], heads, fusion))
-    where = folder.resolve().name
+    where = name_of(folder)
     task = Task(
         name=name,
         classes=data.classes,
@@ -177,13 +177,13 @@ def labelled(folder: Path) -> Labelled:
             return []
         return sorted(entry.name for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
-    root = folder / "train" if classes_in(folder / "train") else folder
-    # Where test/ has folders of its own it is no class.
+    root = folder / "train" if (folder / "train").is_dir() else folder
     testing = classes_in(folder / "test")
-    classes = [name for name in classes_in(root) if not (root == folder and name == "test" and testing)]
+    # Beside classes, the folders of other commands are none.
+    classes = [name for name in classes_in(root) if not (root == folder and name in ("test", "calibration"))]
     if len(classes) < 2:
         found = f"only {classes[0]}" if classes else "none"
-        raise HeadError(f"{folder} must hold two or more folders, <class>/* or train/<class>/*; it has {found}")
+        raise HeadError(f"{root} must hold two or more folders of images, one a class; it has {found}")
     for name in classes:
         if not name.isprintable():
             raise HeadError(f"the folder {name!r} cannot be a class: its name has characters that cannot be printed")

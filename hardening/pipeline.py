@@ -39,7 +39,7 @@ from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, craft_perturbations, measure_task
 from hardening.measure.tasks import attackers_images
 from hardening.pretrain import pretrain
-from hardening.process import prepare_process
+from hardening.process import check_device, prepare_process
 from hardening.progress import Bars
 from hardening.provenance import commit
 from hardening.recipe import Recipe, RecipeError, load_recipe
@@ -74,10 +74,7 @@ def harden(
     check_names(recipe.evaluate.attacks)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise RunError(f"there is no device {device!r} here; use --device cpu") from None
+    check_device(device)
     run = run or Path("runs") / recipe.name
     prepare_process()
     with bars or Bars() as shown, _owned(run, recipe, data_root):
@@ -85,8 +82,15 @@ def harden(
         if finished.exists():
             place = Path(json.loads(finished.read_text(encoding="utf-8"))["bundle"])
             if place.is_dir():
+                if not place.parent.parent.samefile(store):
+                    raise RunError(f"this run has already published {place}: copy it to {store}, or start anew with --run")
                 shown.say(f"this run has already published {place}; a new run directory starts anew")
                 return place
+        try:
+            with publishing(store, recipe.name):
+                pass  # tried now, and not after hours of training
+        except OSError as error:
+            raise RunError(f"the store {store} cannot be written ({error.strerror}); name another one with --store") from None
         return _run(recipe, data_root, store, run, finished, device, shown)
 
 

@@ -7,7 +7,21 @@ import sys
 
 import torch
 
+from model_store.errors import TwogateError
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+class DeviceError(TwogateError):
+    """There is no such device."""
+
+
+def check_device(device: str) -> None:
+    """DeviceError where torch has no such device here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise DeviceError(f"there is no device {device!r} here; use --device cpu") from None
 
 
 def prepare_process() -> None:

@@ -42,8 +42,18 @@ class Answers:
     """[N]"""
     skipped: tuple[tuple[Path, str], ...]
     """(file, reason) of those that are no usable image."""
-    digest: str
-    """sha256 over the sha256 of all files used, in order."""
+    files: tuple[str, ...]
+    """sha256 of each file."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the sha256 of all files, in order."""
+        return hashlib.sha256("".join(self.files).encode()).hexdigest()
+
+
+def name_of(folder: Path) -> str:
+    """A folder's name as text, whatever bytes it is made of."""
+    return os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace")
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -73,7 +83,7 @@ def answer_files(
     kept: list[Path] = []
     rows: list[GateOutputs] = []
     skipped: list[tuple[Path, str]] = []
-    total = hashlib.sha256()
+    digests: list[str] = []
 
     def run(waiting: list[tuple[Path, Future[tuple[str, NDArray[np.uint8] | str]]]]) -> None:
         pictures = []
@@ -84,7 +94,7 @@ def answer_files(
             else:
                 kept.append(path)
                 pictures.append(picture)
-                total.update(digest.encode())
+                digests.append(digest)
         if pictures:
             out = session.run(np.stack(pictures))
             for values in (out.embedding, out.confidence, out.score):
@@ -119,7 +129,7 @@ def answer_files(
         np.concatenate([row.confidence for row in rows]),
         np.concatenate([row.score for row in rows]),
         tuple(skipped),
-        total.hexdigest(),
+        tuple(digests),
     )
 
 

@@ -43,7 +43,7 @@ ACCEPTED = tuple(_READERS)
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 # What Pillow raises on hostile files of the accepted types, seen on its own corpus of odd images.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     UnidentifiedImageError,
     OSError,
     SyntaxError,
@@ -181,7 +181,7 @@ def _decode(data: bytes, rule: PixelRule, limits: Limits, enlarge: bool) -> NDAr
             if not enlarge and picture.width < rule.width and picture.height < rule.height:
                 return np.asarray(picture, dtype=np.uint8)
             return to_input(picture, rule)
-        except _DECODE_ERRORS:
+        except DECODE_ERRORS:
             raise UndecodableImage("the image is damaged or truncated") from None
 
 
@@ -196,7 +196,7 @@ def _open(data: bytes, limits: Limits) -> tuple[str, ImageFile.ImageFile]:
         # The WebP reader has a limit of its own; its message begins with the number of pixels.
         pixels = re.search(r"\d+", str(error))
         raise ImageTooLarge("the number of pixels", limits.max_pixels, int(pixels[0]) if pixels else 0) from None
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         raise UndecodableImage("the image's header cannot be read") from None
     width, height = image.size
     if max(width, height) > limits.max_side:
@@ -212,7 +212,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; a picture whose EXIF block is broken counts as upright, as viewers show it."""
     try:
         return ImageOps.exif_transpose(image)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return image
 
 

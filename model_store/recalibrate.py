@@ -6,6 +6,7 @@ nothing in the bundle was trained on. Where the bundle promises to be quiet on h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from model_store.bundle import Bundle
 from model_store.calibration import BudgetTooSmall, Calibration
-from model_store.folder import Answers, FolderError, answer_files, files_below, read_small
+from model_store.folder import Answers, FolderError, answer_files, files_below, name_of, read_small
 from model_store.honest import KINDS, changed_each_way, to_be_changed
 from model_store.pixels import PixelRule
 from model_store.revise import revise
@@ -45,6 +46,9 @@ class Recalibrated:
     calibration: Calibration
     answers: Answers
 
+    copies: int
+    """Files that were left out, being the same as another one."""
+
     @property
     def quiet(self) -> float:
         """The share of the images themselves that a max_fpr of 0.01 flags: less, the more changes raised the table."""
@@ -65,29 +69,24 @@ def recalibrate(
 
     `begin` is told how many pictures will be scored, `advance` is called once for each. FolderError where there are fewer
     than 19 images or more than a tenth of the files is none; BudgetTooSmall where there are too few for the usual max_fpr of
-    0.01, unless `allow_small`.
+    0.01, unless `allow_small`. Copies of a file count as one image.
     """
     files = list(files_below(folder))
-    if len(files) < FEWEST_IMAGES:
-        raise FolderError(f"{folder} holds {len(files)} files; a calibration needs at least {FEWEST_IMAGES} images")
+    _require(folder, len(files), "files", allow_small)  # before all are scored, which tells how many are images
     before = bundle.manifest.calibration
     begin(len(files) + (len(KINDS) * len(to_be_changed(len(files))) if before.changes else 0))
     session = GateSession(bundle, threads=threads)
     answers = answer_files(session, bundle.manifest.pixels, files, threads=threads, embeddings=False, advance=advance)
-    n, name = len(answers.score), folder.resolve().name
-    if n < FEWEST_IMAGES:
-        raise FolderError(f"{folder} holds {n} images; a calibration needs at least {FEWEST_IMAGES}")
+    # One picture under many names says no more than it does under one.
+    different = np.sort(np.unique(answers.files, return_index=True)[1])
+    n, name, score = len(different), name_of(folder), answers.score[different]
+    _require(folder, n, "different images", allow_small)
     source = f"{n} clean images, the folder {name}"
-    calibration = Calibration.of(source, answers.score)
-    if not allow_small:
-        try:
-            calibration.require_budget(USUAL_BUDGET)
-        except BudgetTooSmall as error:
-            raise BudgetTooSmall(f"{error}; bring more clean images, or say --allow-small") from None
+    calibration = Calibration.of(source, score)
     if before.changes:
-        some = [answers.paths[number] for number in to_be_changed(n)]
+        some = [answers.paths[different[number]] for number in to_be_changed(n)]
         changed = _scores_after_changes(session, bundle.manifest.pixels, some, threads, advance)
-        calibration = Calibration.of(source, answers.score, changed)
+        calibration = Calibration.of(source, score, changed)
     card = f"""## Recalibrated on {name}
 
 From {bundle.label}, the same graph. {n} clean images replace the calibration of before ({before.source}); the smallest
@@ -95,9 +94,20 @@ max_fpr that they support is {calibration.smallest_budget:.2g}. Rates of false a
 the calibration of before.
 {_QUIET.format(calibration.each_alone_from) if calibration.changes else ""}"""
     record = {"recalibrated_on": name, "images": n, "skipped": len(answers.skipped), "sha256": answers.digest}
-    return Recalibrated(
-        revise(bundle, store, fields={"calibration": calibration}, card=card, record=record), calibration, answers
-    )
+    place = revise(bundle, store, fields={"calibration": calibration}, card=card, record=record)
+    return Recalibrated(place, calibration, answers, len(answers.files) - n)
+
+
+def _require(folder: Path, n: int, what: str, allow_small: bool) -> None:
+    """FolderError or BudgetTooSmall where so many images are too few."""
+    if n < FEWEST_IMAGES:
+        raise FolderError(f"{folder} holds {n} {what}; a calibration needs at least {FEWEST_IMAGES} images")
+    needed = math.ceil(1 / USUAL_BUDGET) - 1
+    if n < needed and not allow_small:
+        raise BudgetTooSmall(
+            f"{folder} holds {n} {what}, and a max_fpr of {USUAL_BUDGET:g} needs {needed}: bring more clean images, or say "
+            "--allow-small"
+        )
 
 
 def _scores_after_changes(

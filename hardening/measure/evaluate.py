@@ -22,7 +22,7 @@ from hardening.measure.rivals import RIVALS
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, craft_perturbations, measure_task, train_defence
 from hardening.measure.tasks import attackers_images, of_another_class, read_images
-from hardening.process import prepare_process
+from hardening.process import check_device, prepare_process
 from hardening.progress import Bars
 from hardening.recipe import Splits
 from hardening.workers import Job, run_jobs
@@ -75,6 +75,10 @@ def evaluate(
         raise EvaluationError("surrogates that are attacked together must be of one recipe: these have other branches")
     for place in (*bundles, *surrogates):
         knowing.check_budgets(tuple(adaptive), load_bundle(place).manifest.calibration)
+    check_device(device)
+    names = {load_bundle(place).manifest.name for place in bundles}
+    if len(names) > 1:
+        raise EvaluationError(f"one report is of bundles of one recipe, and not of {', '.join(sorted(names))}")
     prepare_process()
     with bars or Bars() as shown:
         crafting, training, measuring = [], [], []
@@ -146,12 +150,14 @@ def attack(
     oblivious.check_budget(epsilon)
     if size not in SIZES:
         raise EvaluationError(f"there is no size {size!r}; there are {', '.join(SIZES)}")
+    check_device(device)
     bundle = load_bundle(place)
     victim = Graph(bundle.model).to(device).encoder(TRIPWIRE)
     with bars or Bars() as shown:
         splits = Splits(local=0.6, validation=0.1, fit=0.15, calibration=0.15)
         rule = bundle.manifest.pixels
-        dataset = prepare(root, rule, splits, 0, out / ".data" / prepared_name(rule, splits), shown)
+        into = out / ".data" / prepared_name(rule, splits)
+        dataset = prepare(root, rule, splits, 0, into, shown, least={"test": 1, "local": 2 if name in UNIVERSAL else 1})
         rng = np.random.default_rng(seed)
         test = np.sort(rng.permutation(dataset.splits["test"])[:images])
         clean = dataset.images[test]

@@ -48,11 +48,15 @@ class LiveService:
 
     def __init__(self, url: str, bundle: Bundle) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            port, known = parts.port, parts.scheme in ("http", "https") and parts.hostname
+        except ValueError:  # a port that is none
+            port, known = None, None
+        if not known:
             raise ServiceError(f"the service's URL must be like http://127.0.0.1:8000, not {url!r}")
         self._url, self._label = url, bundle.label
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/")
+        self._host, self._port, self._path = known, port, parts.path.rstrip("/")
         model = self._call("GET", "/v1/models")["data"][0]
         served = f"{model['id']}/{model['version']}"
         if (served, model["sha256"]) != (bundle.label, bundle.model_sha256):

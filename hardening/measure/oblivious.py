@@ -43,7 +43,7 @@ def check_names(names: tuple[str, ...]) -> None:
 def check_budget(*epsilons: float) -> None:
     """AttackError where a budget, in 1/255, is not whole: attacked images are 8-bit files, and 2.5 would be rounded to 3."""
     for epsilon in epsilons:
-        if not 1 <= epsilon <= 255 or epsilon != int(epsilon):
+        if not (1 <= epsilon <= 255 and epsilon == int(epsilon)):
             raise AttackError(f"a budget is a whole number of 8-bit steps, 1 to 255, and not {epsilon:g}")
 
 

@@ -27,7 +27,7 @@ from hardening.measure.tasks import UNDEFENDED
 from hardening.progress import Bars
 from model_store.bundle import Bundle
 from model_store.errors import TwogateError
-from model_store.pixels import decode
+from model_store.pixels import DECODE_ERRORS, decode
 
 ATTACKERS: dict[str, Callable[..., NDArray[np.uint8]]] = {
     "input size": through_input_size,
@@ -79,7 +79,7 @@ def photograph(path: Path, side: int | None = None) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
+    except DECODE_ERRORS as error:
         raise TwogateError(f"{path} cannot be read: {error}") from None
     if side is not None:
         upright = upright.resize(_size(upright.size, side), Image.Resampling.BICUBIC)
@@ -253,7 +253,7 @@ def _shape(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             # Upright or not: only the product is asked for.
             return image.size
-    except OSError as error:
+    except DECODE_ERRORS as error:
         raise TwogateError(f"{path} cannot be read: {error}") from None
 
 

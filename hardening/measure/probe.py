@@ -16,7 +16,7 @@ from hardening.measure.photographs import find_photographs, measure_photographs
 from hardening.measure.querying import SEARCHES, measure_querying
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.sizes import SIZES
-from hardening.process import prepare_process
+from hardening.process import check_device, prepare_process
 from hardening.progress import Bars
 from model_store.bundle import Bundle, load_bundle
 from model_store.errors import TwogateError
@@ -68,7 +68,7 @@ def probe_photographs(
             bars=shown,
         )
 
-    return _probe(_PHOTOGRAPHS, place, url, out, size, command, bars, run)
+    return _probe(_PHOTOGRAPHS, place, url, out, size, device, command, bars, run)
 
 
 def probe_blackbox(
@@ -114,7 +114,7 @@ def probe_blackbox(
             bars=shown,
         )
 
-    return _probe(_BLACKBOX, place, url, out, size, command, bars, run)
+    return _probe(_BLACKBOX, place, url, out, size, device, command, bars, run)
 
 
 def write_page(out: Path) -> Path:
@@ -140,12 +140,14 @@ def _probe(
     url: str,
     out: Path,
     size: str,
+    device: str,
     command: Sequence[str],
     bars: Bars | None,
     run: Callable[[Bundle, LiveService, Path, Origin, Bars], None],
 ) -> Path:
     if size not in SIZES:
         raise TwogateError(f"there is no size {size!r}; there are {', '.join(SIZES)}")
+    check_device(device)
     prepare_process()
     bundle = load_bundle(place)
     service = LiveService(url, bundle)

@@ -76,18 +76,24 @@ class Origin:
 
 
 def check_same(folder: Path, origin: Origin) -> None:
-    """RecordsError where records of a bundle lie in a folder that were measured at another size, or of another bundle of its
-    name: what is there is not measured again, and would be taken for this one's."""
-    place = folder / origin.folder
-    for file in sorted(place.rglob("*.jsonl")):
+    """RecordsError where a folder holds records that a report would mix with those of `origin`: of another size, of a bundle
+    of another name, or of another one under the same label, which would not be measured again."""
+    for file in sorted(folder.rglob("*.jsonl")):
         with file.open(encoding="utf-8") as lines:
             found = Record(**json.loads(next(lines)))
-        for what, theirs, ours in (("size", found.size, origin.size), ("digest", found.digest[:12], origin.digest[:12])):
+        facts = [("size", found.size, origin.size), ("bundle", _name(found.bundle), _name(origin.bundle))]
+        if found.bundle == origin.bundle:
+            facts.append(("digest", found.digest[:12], origin.digest[:12]))
+        for what, theirs, ours in facts:
             if theirs != ours:
                 raise RecordsError(
-                    f"{place} holds records of {origin.bundle} at {what} {theirs}, and this is {what} {ours}: "
-                    "measure into another --out, or move them away"
+                    f"{folder} holds records of {found.bundle} of {what} {theirs}, and this is {what} {ours}: one report has "
+                    "one size, and bundles of one recipe. Measure into another --out, or move them away"
                 )
+
+
+def _name(label: str) -> str:
+    return label.partition("/")[0]
 
 
 def once(file: Path, measure: Callable[[], Iterable[Record]]) -> None:

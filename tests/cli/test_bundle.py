@@ -26,6 +26,12 @@ def test_list_takes_the_store_from_the_environment(
     assert "tiny" in twogate("bundle", "list").stdout
 
 
+def test_list_of_no_store_is_an_error(twogate: Twogate, tmp_path: Path) -> None:
+    result = twogate("bundle", "list", "--store", tmp_path / "nowhere")
+    assert result.exit_code == 1
+    assert "there is no store" in result.stderr
+
+
 def test_list_of_an_empty_store_says_so(twogate: Twogate, tmp_path: Path) -> None:
     result = twogate("bundle", "list", "--store", tmp_path)
     assert result.exit_code == 0

@@ -43,6 +43,38 @@ def test_no_traceback_for_a_number_that_is_none(tmp_path: Path) -> None:
     assert "'ten' is no number" in result.output
 
 
+@pytest.mark.parametrize("seeds", ["0.7", "inf", "nan", "0,x"])
+def test_a_seed_is_a_whole_number(seeds: str, tmp_path: Path) -> None:
+    result = runner.invoke(app, ["evaluate", "photos", "--task", f"a={tmp_path}", "--seeds", seeds])
+    assert result.exit_code == 1
+    assert "is no whole number" in result.output
+
+
+def test_a_task_has_one_folder(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["evaluate", "photos", "--task", f"a={tmp_path}", "--task", f"a={tmp_path.parent}"])
+    assert result.exit_code == 1
+    assert "--task a= is there twice" in result.output
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:77"])
+@pytest.mark.parametrize("command", [["evaluate", "--task", "a={}"], ["attack", "--data", "{}"]])
+def test_a_device_that_is_not_there_is_one_line(command: list[str], device: str, tmp_path: Path) -> None:
+    name, *options = (part.format(tmp_path) for part in command)
+    result = runner.invoke(app, [name, "photos", *options, "--out", str(tmp_path / "out"), "--device", device])
+    assert result.exit_code == 1
+    assert f"there is no device '{device}' here" in result.output
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    (tmp_path / "images").mkdir()
+    out = str(tmp_path / "out" / "below")
+    result = runner.invoke(app, ["evaluate", "photos", "--task", f"a={tmp_path / 'images'}", "--out", out])
+    assert result.exit_code == 1
+    assert result.output.startswith("twogate: ")
+    assert result.output.count("\n") == 1
+
+
 def test_names() -> None:
     assert _names("all", ATTACKS) == ATTACKS
     assert _names("none", ATTACKS) == ()

@@ -19,7 +19,7 @@ def test_no_service(twogate: Twogate, tmp_path: Path) -> None:
 
 def test_wrong_usage_is_named(twogate: Twogate, tmp_path: Path) -> None:
     for arguments, words in (
-        (["photographs", "photos", "--images", PHOTOS, "--sides", "640,big"], "'big' is no number"),
+        (["photographs", "photos", "--images", PHOTOS, "--sides", "640,big"], "'big' is no whole number"),
         (["photographs", "photos", "--images", tmp_path], "no photographs"),
         (["photographs", "photos", "--images", PHOTOS, "--size", "huge"], "smoke, small, full"),
         (["photographs", "nobody", "--images", PHOTOS], "nobody"),

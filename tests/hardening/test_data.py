@@ -80,7 +80,7 @@ def test_files_that_changed_since_are_refused(tmp_path: Path) -> None:
     root = write_patterns(tmp_path / "root", train=24, test=5)
     read(root, tmp_path / "data")
     write_pictures(root / "train" / "class0", patterns(1)[0][:1], prefix="new")
-    with pytest.raises(DataError, match="start a new run directory"):
+    with pytest.raises(DataError, match="start with a new folder"):
         read(root, tmp_path / "data")
 
 
@@ -110,6 +110,17 @@ def test_another_pixel_rule_is_not_served_images_of_this_one(labelled: Path, tmp
     with pytest.raises(DataError, match="or the pixel rule"):
         prepare(labelled, wider, SPLITS, 0, tmp_path, QuietBars())
     assert prepared_name(wider, SPLITS) != prepared_name(RULE, SPLITS)
+
+
+def test_too_few_images_leave_nothing_that_more_of_them_would_contradict(tmp_path: Path) -> None:
+    root = write_patterns(tmp_path / "root", train=5, test=5)
+    with pytest.raises(DataError, match="bring more images"):
+        read(root, tmp_path / "data")
+    write_patterns(root, train=24, test=5)
+    assert read(root, tmp_path / "data").labelled
+    few = write_patterns(tmp_path / "few", train=2, test=1)
+    dataset = prepare(few, RULE, SPLITS, 0, tmp_path / "few-data", QuietBars(), least={"test": 1})
+    assert len(dataset.splits["test"])
 
 
 def test_a_stop_in_the_middle_of_decoding_leaves_nothing_that_is_believed(labelled: Path, tmp_path: Path) -> None:

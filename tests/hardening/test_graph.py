@@ -14,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from hardening.branches import BMP, BRANCHES, TRIPWIRE
-from hardening.calibrate import Calibrated, calibrate
+from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE
+from hardening.calibrate import Calibrated, assemble, calibrate
 from hardening.data import Dataset
 from hardening.encoders import Encoder, as_input, draw_key
 from hardening.export import check_parity, export
 from hardening.graph import Graph, GraphError, _Step, run_torch, run_uint8
 from model_store.session import OUTPUTS
 from tests.hardening.conftest import QuietBars
+from tests.support.patterns import trained_encoder
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,18 @@ def test_what_no_later_step_reads_does_not_stay_in_memory(
     monkeypatch.setattr(_Step, "__call__", watched)
     run_torch(graph, pictures[:2], OUTPUTS)
     assert most[0] < 0.25 * len(made)
+
+
+def test_a_victim_that_was_not_tuned_is_its_own_tripwire(
+    toy_dataset: Dataset, trained_toy: Encoder, pictures: NDArray[np.uint8]
+) -> None:
+    """The exporter merges what is the same, names too; `epochs: 0` in a recipe means this."""
+    others = {"auxiliary": trained_encoder(seed=2), "bmp": trained_encoder(seed=3)}
+    views = assemble(copy.deepcopy(trained_toy), {"victim": copy.deepcopy(trained_toy), **others}, pictures)
+    gate = calibrate(views, toy_dataset, "consistency", "cpu", QuietBars()).gate
+    graph = Graph(export(gate, pictures[:2]))
+    found = graph.encoder(TRIPWIRE)(as_input(pictures))
+    torch.testing.assert_close(found, graph.encoder(MPAE[0])(as_input(pictures)))
 
 
 def test_a_keyed_branch_answers_as_onnx_runtime(toy_calibrated: Calibrated, pictures: NDArray[np.uint8]) -> None:

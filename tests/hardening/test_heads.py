@@ -291,14 +291,25 @@ def test_folders_of_classes_without_train(digits: Path) -> None:
         file.relative_to(digits / "train") for file, _ in flat.train
     ]
     assert (len(nested.test), len(flat.test)) == (30, 0)
-    # Beside classes, test/ is the split if it has folders of its own, and else a class.
+    # Beside classes, test/ is the split, or nothing, but no class.
     (digits / "train").rename(digits / "0")
     (digits / "1").mkdir()
     (digits / "test" / "2").rename(digits.parent / "gone")
     assert labelled(digits).classes == ("0", "1")
     for folder in ("0", "1"):
         (digits / "test" / folder).rename(digits.parent / f"gone-{folder}")
-    assert labelled(digits).classes == ("0", "1", "test")
+    assert labelled(digits).classes == ("0", "1")
+
+
+def test_pictures_without_classes_make_none(digits: Path) -> None:
+    """Of train/*.jpg and test/*.jpg, as other commands take them, a head once told train from test."""
+    for place in ("train", "test"):
+        for file in [*(digits / place).rglob("*.png")]:
+            file.rename(digits / place / f"{file.parent.name}-{file.name}")
+        for folder in [entry for entry in (digits / place).iterdir() if entry.is_dir()]:
+            folder.rmdir()
+    with pytest.raises(HeadError, match=r"train must hold two or more folders of images, one a class; it has none"):
+        labelled(digits)
 
 
 @pytest.mark.parametrize("name", ["", "Digits", "../up", "a/b", ".hidden", "x" * 65, "a b"])

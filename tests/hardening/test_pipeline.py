@@ -130,6 +130,19 @@ def test_a_finished_run_returns_its_bundle(killed: Killed) -> None:
     assert any("already published" in line for line in bars.said)
 
 
+def test_a_finished_run_is_not_of_another_store(killed: Killed, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    with pytest.raises(RunError, match="has already published"):
+        again(killed, store=tmp_path / "store")
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_hours_of_training(killed: Killed, tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(RunError, match="cannot be written"):
+        again(killed, store=tmp_path / "store", run=tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()
+
+
 def test_a_run_of_another_recipe_or_data_folder_is_refused(killed: Killed, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="belongs to another recipe, data folder or weights file"):
         again(killed, recipe_path=write_recipe(tmp_path / "other.yaml", seed=5))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -148,11 +149,29 @@ def test_too_few_images_are_refused(old: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="at least 19 images"):
         recalibrate(bundle, store, write(domain(18, 1), tmp_path / "few"), allow_small=True)
     small = write(domain(98, 1), tmp_path / "small")
-    with pytest.raises(BudgetTooSmall, match=r"needs at least 99 calibration images.*--allow-small"):
+    with pytest.raises(BudgetTooSmall, match=r"small holds 98 files, and a max_fpr of 0\.01 needs 99: .* --allow-small"):
         recalibrate(bundle, store, small)
     assert versions(store, "tiny") == [1]
     assert recalibrate(bundle, store, small, allow_small=True).calibration.n == 98
     assert recalibrate(bundle, store, write(domain(99, 1), tmp_path / "enough")).place.name == "3"
+
+
+def test_copies_of_a_picture_say_no_more_than_it_does(old: Path, tmp_path: Path) -> None:
+    pictures = domain(60, 1)
+    bundle, store = load_bundle(old), old.parents[1]
+    folder = write(pictures.repeat(2, axis=0), tmp_path / "copies")
+    with pytest.raises(BudgetTooSmall, match="holds 60 different images"):
+        recalibrate(bundle, store, folder)
+    done = recalibrate(bundle, store, folder, allow_small=True)
+    assert (done.calibration.n, done.copies) == (60, 60)
+    once = recalibrate(bundle, store, write(pictures, tmp_path / "once"), allow_small=True)
+    assert done.calibration.scores == once.calibration.scores
+
+
+def test_a_folder_of_any_name_is_named(old: Path, tmp_path: Path) -> None:
+    folder = write(domain(99, 1), Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff")))
+    done = recalibrate(load_bundle(old), old.parents[1], folder)
+    assert done.calibration.source == "99 clean images, the folder bad\\xff"
 
 
 def test_files_that_are_no_images_are_listed_or_too_many(old: Path, tmp_path: Path) -> None:
@@ -177,5 +196,5 @@ def test_files_that_are_no_images_are_listed_or_too_many(old: Path, tmp_path: Pa
 def test_many_unreadable_files_among_few_are_refused(old: Path, tmp_path: Path) -> None:
     folder = write(domain(18, 1), tmp_path / "scans")
     (folder / "note.txt").write_text("no image")
-    with pytest.raises(FolderError, match="holds 18 images"):
+    with pytest.raises(FolderError, match="holds 18 different images"):
         recalibrate(load_bundle(old), old.parents[1], folder, allow_small=True)

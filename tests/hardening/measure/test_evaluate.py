@@ -321,12 +321,16 @@ def test_records_of_another_size_or_bundle_are_not_taken_for_these(
         )
 
     run("smoke")
-    with pytest.raises(RecordsError, match="at size smoke, and this is size small: measure into another --out"):
+    with pytest.raises(RecordsError, match=r"of size smoke, and this is size small: .* another --out"):
         run("small")
     (file,) = (tmp_path / "records").rglob("noise-8-0.jsonl")
     digest = load_bundle(toy_bundles[0]).manifest.digest
-    file.write_text(file.read_text().replace(digest, "f" * 64))
-    with pytest.raises(RecordsError, match="at digest ffffffffffff"):
+    text = file.read_text()
+    file.write_text(text.replace('"bundle": "toy/1"', '"bundle": "other/1"'))
+    with pytest.raises(RecordsError, match="other/1 of bundle other, and this is bundle toy"):
+        run("smoke")
+    file.write_text(text.replace(digest, "f" * 64))
+    with pytest.raises(RecordsError, match="of digest ffffffffffff"):
         run("smoke")
 
 

@@ -17,13 +17,14 @@ from hardening.measure.probe import probe_blackbox, probe_photographs, write_pag
 from hardening.measure.querying import QUERIES, SUCCESS, Attacker
 from hardening.measure.records import Record, read
 from hardening.measure.tasks import UNDEFENDED
+from hardening.process import DeviceError
 from model_store.bundle import load_bundle
 from model_store.errors import TwogateError
 from model_store.session import GateSession
 from service.settings import Settings
 from tests.hardening.conftest import QuietBars
 from tests.service.support import ThreadServer, png, thread_server
-from tests.support.patterns import patterns
+from tests.support.patterns import patterns, write_pictures
 
 SIDES = (60, 150)
 
@@ -149,8 +150,11 @@ def test_refusals_before_any_work(
 
     with pytest.raises(ServiceError, match="no service answers"):
         photographs(url="http://127.0.0.1:9")
-    with pytest.raises(ServiceError, match="like http://"):
-        photographs(url="localhost")
+    for url in ("localhost", "http://127.0.0.1:99999"):
+        with pytest.raises(ServiceError, match="like http://"):
+            photographs(url=url)
+    with pytest.raises(DeviceError, match="no device"):
+        probe_photographs(place, served.url, pictures, tmp_path, sides=(60,), size="smoke", device="foo", bars=QuietBars())
     with pytest.raises(ServiceError, match=r"serves toy/1 .* not toy/2"):
         photographs(place=toy_bundles[1])
     with pytest.raises(TwogateError, match="TWOGATE_MAX_IMAGE_BYTES"):
@@ -160,8 +164,9 @@ def test_refusals_before_any_work(
         photographs(root=tmp_path / "empty")
     with pytest.raises(TwogateError, match="square, nes"):
         probe_blackbox(place, served.url, "x", task_folder, tmp_path, searches=("guess",), size="smoke", bars=QuietBars())
+    write_pictures(tmp_path / "flat", patterns(50)[0])
     with pytest.raises(TwogateError, match="images need classes"):
-        probe_blackbox(place, served.url, "x", pictures, tmp_path, size="smoke", bars=QuietBars())
+        probe_blackbox(place, served.url, "x", tmp_path / "flat", tmp_path, size="smoke", bars=QuietBars())
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
