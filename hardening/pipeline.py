@@ -86,12 +86,20 @@ def harden(
                     raise RunError(f"this run has already published {place}: copy it to {store}, or start anew with --run")
                 shown.say(f"this run has already published {place}; a new run directory starts anew")
                 return place
-        try:
-            with publishing(store, recipe.name):
-                pass  # tried now, and not after hours of training
-        except OSError as error:
-            raise RunError(f"the store {store} cannot be written ({error.strerror}); name another one with --store") from None
+        _try_store(store, recipe.name)
         return _run(recipe, data_root, store, run, finished, device, shown)
+
+
+def _try_store(store: Path, name: str) -> None:
+    """RunError where nothing could be published there: said now, and not after hours of training."""
+    existed = store.exists()
+    try:
+        with publishing(store, name):
+            pass
+    except OSError as error:
+        raise RunError(f"the store {store} cannot be written ({error.strerror}); name another one with --store") from None
+    if not existed:
+        store.rmdir()
 
 
 def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, finished: Path, device: str, bars: Bars) -> Path:
