@@ -22,10 +22,11 @@ class _Group(TyperGroup):
             typer.echo(f"twogate: {error}", err=True)
             raise typer.Exit(1) from None
         except OSError as error:
-            # A folder that cannot be written, a full disk. Without a file it is another matter, such as a closed pipe.
-            if error.filename is None:
+            # A folder that cannot be written, a full disk. Whoever closed a pipe wants no more words.
+            if isinstance(error, BrokenPipeError):
                 raise
-            typer.echo(f"twogate: {error.filename}: {error.strerror}", err=True)
+            where = "" if error.filename is None else f"{error.filename}: "
+            typer.echo(f"twogate: {where}{error.strerror or error}", err=True)
             raise typer.Exit(1) from None
 
 

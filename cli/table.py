@@ -40,7 +40,9 @@ class Table:
                 "twogate.max_fpr": repr(gate.max_fpr),
             },
         )
-        self._writer = pq.ParquetWriter(file, self._schema, compression="zstd")
+        # Opened here: Arrow takes no path that is not UTF-8, and takes one with a colon for an address.
+        self._file = file.open("wb")
+        self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")
         self._rows: list[Row] = []
 
     def append(self, row: Row) -> None:
@@ -56,6 +58,7 @@ class Table:
                 self._flush()
         finally:
             self._writer.close()
+            self._file.close()
 
     def _flush(self) -> None:
         values = np.zeros((len(self._rows), self._dim), np.float32)

@@ -187,6 +187,9 @@ def _scan(root: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
         classes = [p.name for p in shown(root / "train") if p.is_dir()]
         if len(classes) < 2:
             classes = []
+        for name in classes:
+            if not name.isprintable():
+                raise DataError(f"the folder {name!r} cannot be a class: its name has characters that cannot be printed")
     else:
         found = [("train", p.name, UNLABELLED) for p in shown(root) if p.is_file()]
         if not found:

@@ -183,7 +183,8 @@ class GraphEncoder(nn.Module):
     def constants(self) -> list[Tensor]:
         """What its steps read beside the convolutions' weights."""
         graph = self._graph[0]
-        names = dict.fromkeys(name for step in graph._needed([self._value]) for name in step.inputs)
+        read = (step.inputs if step.module is None else step.inputs[:1] for step in graph._needed([self._value]))
+        names = dict.fromkeys(name for inputs in read for name in inputs)
         return [graph.constants[name] for name in names if name in graph.constants]
 
     def forward(self, images: Tensor) -> Tensor:

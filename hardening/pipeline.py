@@ -14,7 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,7 +82,7 @@ def harden(
         if finished.exists():
             place = Path(json.loads(finished.read_text(encoding="utf-8"))["bundle"])
             if place.is_dir():
-                if not place.parent.parent.samefile(store):
+                if not (store.exists() and place.parent.parent.samefile(store)):
                     raise RunError(f"this run has already published {place}: copy it to {store}, or start anew with --run")
                 shown.say(f"this run has already published {place}; a new run directory starts anew")
                 return place
@@ -92,14 +92,15 @@ def harden(
 
 def _try_store(store: Path, name: str) -> None:
     """RunError where nothing could be published there: said now, and not after hours of training."""
-    existed = store.exists()
+    made = [folder for folder in (store, *store.parents) if not folder.exists()]
     try:
         with publishing(store, name):
             pass
     except OSError as error:
         raise RunError(f"the store {store} cannot be written ({error.strerror}); name another one with --store") from None
-    if not existed:
-        store.rmdir()
+    with suppress(OSError):  # another run may have put something there since
+        for folder in made:
+            folder.rmdir()
 
 
 def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, finished: Path, device: str, bars: Bars) -> Path:
@@ -340,9 +341,12 @@ def _owned(run: Path, recipe: Recipe, data_root: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is working in {run}") from None
-        parts = {"recipe": recipe.model_dump(mode="json"), "data": str(data_root.resolve()), "weights": _weights(recipe)}
-        identity = json.dumps(parts, indent=1)
         file = run / "run.json"
+        # What has become of the weights files since does not matter to a run that has ended.
+        ended = (run / "bundle.json").exists()
+        files = json.loads(file.read_text(encoding="utf-8")).get("weights") if ended else _weights(recipe)
+        parts = {"recipe": recipe.model_dump(mode="json"), "data": str(data_root.resolve()), "weights": files}
+        identity = json.dumps(parts, indent=1)
         if not file.exists():
             write_atomically(file, identity.encode())
         elif file.read_text(encoding="utf-8") != identity:

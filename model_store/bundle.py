@@ -113,7 +113,10 @@ def check_golden(session: GateSession, manifest: Manifest) -> None:
     rule = manifest.pixels
     if len(images) < 1 or images.shape[1:] != (rule.height, rule.width, 3):
         raise BundleError(MANIFEST_FILE, f"the golden images have shape {images.shape}, which the graph does not take")
-    answer = session.run(images)
+    try:
+        answer = session.run(images)
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise BundleError(MODEL_FILE, f"cannot answer the golden vector ({type(error).__name__})") from error
     for what, expected, found in (
         ("embedding", embedding, answer.embedding),
         ("confidence", confidence, answer.confidence),

@@ -6,8 +6,8 @@ An attacker controls every pixel, so training, calibration and serving must agre
 2. the header against the limits, before any pixel is decoded;
 3. a JPEG is decoded at the smallest DCT scale that still gives at least twice the input size (a 12-megapixel photo then
    costs a sixth of the time);
-4. EXIF orientation is applied, 16-bit grey is brought to 8 bits, alpha is composited on the rule's background, and the
-   result is RGB;
+4. the orientation in EXIF is applied (and none in XMP), 16-bit grey is brought to 8 bits, alpha is composited on the rule's
+   background, and the result is RGB;
 5. it is resized with antialiasing to the input size, without cropping: a gate must see the whole picture. The aspect
    ratio is not kept.
 """
@@ -25,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -59,6 +59,24 @@ DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of each orientation upright (Exif 2.3, tag 0x0112)."""
+_STRIP = 256
+"""Rows."""
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+"""Of a segment: not a stuffed zero, filling or a restart within a scan."""
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_MOST_SCANS = 64
+"""Encoders write ten or so. Each costs a pass over all pixels in however few bytes: thousands fit into a small file."""
 
 # Odd metadata makes Pillow warn; the pixels are judged, not the metadata. Set once and not around each decode, because
 # Python's warning filters are shared by all threads.
@@ -177,7 +195,11 @@ def _decode(data: bytes, rule: PixelRule, limits: Limits, enlarge: bool) -> NDAr
             enough = rule.jpeg_dct_factor * max(rule.width, rule.height)
             image.draft(None, (enough, enough))
             image.load()
-            picture = _to_rgb(_upright(image), rule.background)
+            picture, turn = _to_rgb(image, rule.background), _TURNS.get(_orientation(image))
+            if picture is not image:
+                image.close()  # which frees its pixels
+            if turn is not None:
+                picture = picture.transpose(turn)
             if not enlarge and picture.width < rule.width and picture.height < rule.height:
                 return np.asarray(picture, dtype=np.uint8)
             return to_input(picture, rule)
@@ -198,6 +220,8 @@ def _open(data: bytes, limits: Limits) -> tuple[str, ImageFile.ImageFile]:
         raise ImageTooLarge("the number of pixels", limits.max_pixels, int(pixels[0]) if pixels else 0) from None
     except DECODE_ERRORS:
         raise UndecodableImage("the image's header cannot be read") from None
+    if media_type == "image/jpeg" and _scans(data) > _MOST_SCANS:
+        raise UndecodableImage(f"the JPEG has more than {_MOST_SCANS} scans")
     width, height = image.size
     if max(width, height) > limits.max_side:
         raise ImageTooLarge("the longer side in pixels", limits.max_side, max(width, height))
@@ -208,20 +232,44 @@ def _open(data: bytes, limits: Limits) -> tuple[str, ImageFile.ImageFile]:
     return media_type, image
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a picture whose EXIF block is broken counts as upright, as viewers show it."""
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says; a picture whose EXIF block is broken counts as upright, as viewers show it."""
+    # Pillow would read an orientation there too, which browsers and most other readers do not.
+    for xmp in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(xmp, None)
     try:
-        return ImageOps.exif_transpose(image)
+        found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return found
     except DECODE_ERRORS:
-        return image
+        return 1
+
+
+def _scans(jpeg: bytes) -> int:
+    """How often a JPEG says something about all of its pixels, found as a decoder finds it: marker by marker."""
+    found, position = 0, 2
+    while marker := _MARKER.search(jpeg, position):
+        kind = marker[0][1]
+        if kind == _END_OF_IMAGE:
+            break
+        found += kind == _START_OF_SCAN
+        length = int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+        position = marker.end() + max(2, length)
+    return found
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey, which Pillow would clip at 255 instead of scaling.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
+    """The picture, where it is RGB already, or another one of it."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rgb = Image.new("RGB", image.size)
+    # In strips: each step on the way makes a copy, and a whole picture's would be large.
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        if strip.mode.startswith("I"):
+            # 16-bit grey, which Pillow would clip at 255 instead of scaling.
+            strip = Image.fromarray((np.asarray(strip).clip(0, 65535) // 256).astype(np.uint8))
+        if strip.has_transparency_data:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, (*background, 255)), strip)
+        rgb.paste(strip.convert("RGB"), (0, top))
+    return rgb

@@ -46,13 +46,16 @@ class Recalibrated:
     calibration: Calibration
     answers: Answers
 
+    score: NDArray[np.float32]
+    """[N], of the different images."""
+
     copies: int
     """Files that were left out, being the same as another one."""
 
     @property
     def quiet(self) -> float:
         """The share of the images themselves that a max_fpr of 0.01 flags: less, the more changes raised the table."""
-        return float((self.calibration.p_value(self.answers.score) <= USUAL_BUDGET).mean())
+        return float((self.calibration.p_value(self.score) <= USUAL_BUDGET).mean())
 
 
 def recalibrate(
@@ -95,7 +98,7 @@ the calibration of before.
 {_QUIET.format(calibration.each_alone_from) if calibration.changes else ""}"""
     record = {"recalibrated_on": name, "images": n, "skipped": len(answers.skipped), "sha256": answers.digest}
     place = revise(bundle, store, fields={"calibration": calibration}, card=card, record=record)
-    return Recalibrated(place, calibration, answers, len(answers.files) - n)
+    return Recalibrated(place, calibration, answers, score, len(answers.files) - n)
 
 
 def _require(folder: Path, n: int, what: str, allow_small: bool) -> None:

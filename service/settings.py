@@ -24,8 +24,8 @@ from model_store.store import DEFAULT_BUNDLE, EMBEDDED_STORE
 
 MIB = 1024 * 1024
 FILE_VARIABLE = "TWOGATE_SETTINGS_FILE"
-LARGEST_BYTES_PER_PIXEL = 16
-"""What decoding one pixel takes at worst (WebP, measured 13.5); `engine/decode.py` has the table."""
+LARGEST_BYTES_PER_PIXEL = 20
+"""What decoding one pixel takes at worst (WebP); `engine/decode.py` has the table."""
 
 
 class SettingsError(TwogateError):
@@ -101,9 +101,13 @@ class Settings(BaseSettings):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(key.strip() for key in value.split(",") if key.strip())
-        return value
+        keys = value.split(",") if isinstance(value, str) and value else value
+        if isinstance(keys, list | tuple):
+            keys = tuple(key.strip() if isinstance(key, str) else key for key in keys)
+            # A variable that was not set in `${KEY}` must not open the door.
+            if "" in keys:
+                raise ValueError("one of the keys is empty")
+        return keys or ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -364,7 +364,19 @@ def ensemble_universal(
     """
     own = images if surrogate is None else surrogate
     truth = labels if surrogate is None else None
-    campaign = Campaign.open(target, own, truth, epsilon=epsilon, steps=steps, generator=generator, restarts=restarts)
+    rows = [slice(start, start + chunk) for start in range(0, len(own), chunk)]
+    parts = [
+        Campaign.open(
+            target,
+            own[part],
+            None if truth is None else truth[part],
+            epsilon=epsilon,
+            steps=steps,
+            generator=generator,
+            restarts=restarts,
+        )
+        for part in rows
+    ]
     shape = (1, *images.shape[1:])
     best, rank = torch.zeros(shape, device=images.device), (-1, -math.inf)
     for weight in bmp_weights:
@@ -373,9 +385,8 @@ def ensemble_universal(
             for step in range(steps + 1):
                 stored = ((delta * 255).round() / 255).clamp(-epsilon, epsilon)
                 gradient, successes, merit = torch.zeros_like(delta), 0, 0.0
-                for start in range(0, len(own), chunk):
-                    part = _chunk(campaign, slice(start, start + chunk))
-                    z = (own[start : start + chunk] + stored).clamp(0, 1).requires_grad_()
+                for part, chosen in zip(parts, rows, strict=True):
+                    z = (own[chosen] + stored).clamp(0, 1).requires_grad_()
                     with torch.set_grad_enabled(step < steps):
                         seen = target.see(z)
                     success, merits = part.judge(seen.detach())
@@ -386,19 +397,6 @@ def ensemble_universal(
                     best, rank = stored, (successes, merit)
                 delta = (delta + step_size(step) * epsilon * gradient.sign()).clamp(-epsilon, epsilon)
     return (images + best).clamp(0, 1)
-
-
-def _chunk(campaign: Campaign, rows: slice) -> Campaign:
-    clean = campaign.clean
-    part = Seen(
-        clean.embedding[rows],
-        clean.confidence[rows],
-        clean.score[rows],
-        {name: value[rows] for name, value in clean.features.items()},
-        None if clean.logits is None else clean.logits[rows],
-        None if clean.fused is None else clean.fused[rows],
-    )
-    return replace(campaign, clean=part, labels=None if campaign.labels is None else campaign.labels[rows])
 
 
 def bmp_only(

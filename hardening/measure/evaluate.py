@@ -15,8 +15,8 @@ from hardening.data import prepare, prepared_name
 from hardening.graph import Graph
 from hardening.measure import baselines as others
 from hardening.measure import knowing, oblivious
-from hardening.measure.oblivious import UNIVERSAL, craft, craft_universal, digest_of, fingerprint, load_universal
-from hardening.measure.records import Origin, check_same, read
+from hardening.measure.oblivious import TARGETED, UNIVERSAL, craft, craft_universal, digest_of, fingerprint, load_universal
+from hardening.measure.records import Origin, check_attacker, check_same, read
 from hardening.measure.render import write_report
 from hardening.measure.rivals import RIVALS
 from hardening.measure.sizes import SIZES
@@ -79,6 +79,12 @@ def evaluate(
     names = {load_bundle(place).manifest.name for place in bundles}
     if len(names) > 1:
         raise EvaluationError(f"one report is of bundles of one recipe, and not of {', '.join(sorted(names))}")
+    labels = [load_bundle(place).label for place in bundles]
+    if len(set(labels)) < len(labels):
+        raise EvaluationError("two of the bundles have one name and version: put them into one store, as versions")
+    rules = {load_bundle(place).manifest.pixels for place in (*bundles, *surrogates)}
+    if surrogates and len(rules) > 1:
+        raise EvaluationError("a surrogate must take pictures of the size, and by the rule, of the bundle that is attacked")
     prepare_process()
     with bars or Bars() as shown:
         crafting, training, measuring = [], [], []
@@ -90,7 +96,13 @@ def evaluate(
             check_same(out / "records", origin)
             first, images = next(iter(tasks.items()))
             # Decoded here, before two processes would do it at a time.
+            for manifest in (bundle.manifest, *(load_bundle(surrogate).manifest for surrogate in surrogates)):
+                for name, root in tasks.items():
+                    read_images(root, manifest, out / "data" / name, shown)
             dataset = read_images(images, bundle.manifest, out / "data" / first, shown)
+            attackers = digest_of(attackers_images(dataset, bundle.manifest, SIZES[size].surrogate, out, shown))
+            if baselines or set(attacks) & set(UNIVERSAL):
+                check_attacker(out / "records", attackers)
             plan = Plan(
                 place,
                 tuple(surrogates),
@@ -102,7 +114,7 @@ def evaluate(
                 convergence,
                 tuple(epsilons),
                 tuple(seeds),
-                digest_of(attackers_images(dataset, bundle.manifest, SIZES[size].surrogate, out, shown)),
+                attackers,
                 out,
                 origin,
                 device,
@@ -156,8 +168,9 @@ def attack(
     with bars or Bars() as shown:
         splits = Splits(local=0.6, validation=0.1, fit=0.15, calibration=0.15)
         rule = bundle.manifest.pixels
+        least = {"test": 2 if name == TARGETED else 1, "local": 2 if name in UNIVERSAL else 1}
         into = out / ".data" / prepared_name(rule, splits)
-        dataset = prepare(root, rule, splits, 0, into, shown, least={"test": 1, "local": 2 if name in UNIVERSAL else 1})
+        dataset = prepare(root, rule, splits, 0, into, shown, least=least)
         rng = np.random.default_rng(seed)
         test = np.sort(rng.permutation(dataset.splits["test"])[:images])
         clean = dataset.images[test]

@@ -47,14 +47,14 @@ class LiveService:
     """The service at `url`, which must serve `bundle` and return flagged images' embeddings; ServiceError otherwise."""
 
     def __init__(self, url: str, bundle: Bundle) -> None:
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
             port, known = parts.port, parts.scheme in ("http", "https") and parts.hostname
-        except ValueError:  # a port that is none
-            port, known = None, None
+        except ValueError:  # a port or an address that is none
+            known = None
         if not known:
             raise ServiceError(f"the service's URL must be like http://127.0.0.1:8000, not {url!r}")
-        self._url, self._label = url, bundle.label
+        self._url, self._label, self._calibration = url, bundle.label, bundle.manifest.calibration
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host, self._port, self._path = known, port, parts.path.rstrip("/")
         model = self._call("GET", "/v1/models")["data"][0]
@@ -74,11 +74,16 @@ class LiveService:
         """Embedding and verdict of encoded images, in as few requests as the service's limits allow."""
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             found = [item for items in pool.map(self._embeddings, self._batches(images)) for item in items]
-        return Answers(
+        answers = Answers(
             np.array([item["embedding"] for item in found], np.float32),
             np.array([item["dae"]["p_value"] for item in found]),
             np.array([np.inf if (s := item["dae"]["score"]) is None else s for item in found], np.float64),
         )
+        # The graph alone does not tell: a bundle that was calibrated anew has the same.
+        sound = np.isfinite(answers.score)
+        if not np.allclose(self._calibration.p_value(answers.score[sound]), answers.p_value[sound], rtol=1e-6, atol=0):
+            raise ServiceError(f"{self._url} serves {self._label} with another calibration than the bundle that is measured")
+        return answers
 
     def _batches(self, images: Sequence[bytes]) -> Iterator[list[bytes]]:
         batch: list[bytes] = []
@@ -112,7 +117,7 @@ class LiveService:
                 response = connection.getresponse()
                 content, status = response.read(), response.status
                 wait = response.getheader("Retry-After") or "1"
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last of a host's name
                 raise ServiceError(
                     f"no service answers at {self._url} ({type(error).__name__}): "
                     f"start one with twogate serve --bundle {self._label}"

@@ -22,9 +22,9 @@ from hardening.measure.sizes import Size
 from hardening.progress import Bars
 from model_store.errors import TwogateError
 
-NOISE = "noise"
+NOISE, TARGETED = "noise", "targeted"
 UNIVERSAL = ("uap", "per", "pat", "pap-base", "pap-fuse", "pap-ugs", "ssp")
-PER_IMAGE = ("pgd", "targeted")
+PER_IMAGE = ("pgd", TARGETED)
 OBLIVIOUS = (*PER_IMAGE, *UNIVERSAL)
 ATTACKS = (NOISE, *OBLIVIOUS)
 

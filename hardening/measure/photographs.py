@@ -107,11 +107,12 @@ def measure_photographs(
     device: str,
     bars: Bars,
 ) -> None:
-    """Measure every cell that is not in `folder` yet: clean, and each attacker, at each size.
+    """Measure every cell that is not in `folder` yet: clean, and each attacker, at each size. Its name is that of these
+    photographs in the records.
 
     TwogateError before any work where the service would refuse a file for its size.
     """
-    room = _Room(bundle, service, root, origin, epsilon, steps, seed, device, bars)
+    room = _Room(bundle, service, root, folder.name, origin, epsilon, steps, seed, device, bars)
     room.check_sizes(max(sides))
     for side in sides:
         # Numbers of one width: records are read in the order of their files.
@@ -152,6 +153,7 @@ class _Room:
         bundle: Bundle,
         service: LiveService,
         root: Path,
+        name: str,
         origin: Origin,
         epsilon: float,
         steps: int,
@@ -160,7 +162,7 @@ class _Room:
         bars: Bars,
     ) -> None:
         self.manifest, self.service, self.origin, self.bars = bundle.manifest, service, origin, bars
-        self.name, self.paths = root.resolve().name, find_photographs(root)
+        self.name, self.paths = name, find_photographs(root)
         self.epsilon, self.steps, self.seed, self.device = epsilon, steps, seed, device
         self.graph = Graph(bundle.model).to(device)
         self.victim = self.graph.encoder(TRIPWIRE)

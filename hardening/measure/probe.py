@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from hardening.process import check_device, prepare_process
 from hardening.progress import Bars
 from model_store.bundle import Bundle, load_bundle
 from model_store.errors import TwogateError
+from model_store.folder import name_of
 
 _PHOTOGRAPHS, _BLACKBOX = "photographs", "blackbox"
 _SECTIONS = {
@@ -51,7 +53,7 @@ def probe_photographs(
     check_budget(epsilon)
     files = "".join(f"{path.relative_to(root)} {path.stat().st_size}\n" for path in find_photographs(root))
     # Another folder of the same name is another one.
-    pictures = f"{root.resolve().name}-{hashlib.sha256(files.encode()).hexdigest()[:8]}"
+    pictures = f"{name_of(root)}-{hashlib.sha256(os.fsencode(files)).hexdigest()[:8]}"
 
     def run(bundle: Bundle, service: LiveService, folder: Path, origin: Origin, shown: Bars) -> None:
         measure_photographs(

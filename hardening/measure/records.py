@@ -92,6 +92,19 @@ def check_same(folder: Path, origin: Origin) -> None:
                 )
 
 
+def check_attacker(folder: Path, images: str) -> None:
+    """Note in the folder of records of which training images, by their digest, attackers make universal perturbations and
+    baselines are trained; RecordsError where its records are of others, with which a report would mix these."""
+    file = folder / "attacker"
+    if not file.exists():
+        write_atomically(file, images.encode())
+    elif (found := file.read_text(encoding="utf-8").strip()) != images:
+        raise RecordsError(
+            f"{folder} holds records of an attacker with the training images {found}, and the first task's are {images}: "
+            "name the same task first, or measure into another --out"
+        )
+
+
 def _name(label: str) -> str:
     return label.partition("/")[0]
 

@@ -48,6 +48,7 @@ from hardening.progress import Bars
 from hardening.recipe import RecipeError
 from model_store.bundle import Bundle, load_bundle
 from model_store.calibration import Calibration
+from model_store.manifest import Manifest
 
 BUDGETS = (0.001, 0.01, 0.05)
 RETURNED = "returned embedding"
@@ -126,7 +127,8 @@ def train_defence(plan: Plan, name: str, root: Path, baseline: str, *, bars: Bar
 
 def baseline_file(plan: Plan, baseline: str) -> Path:
     """Where a baseline's encoder is kept; the first seed is that of its training."""
-    return plan.out / "baselines" / f"{plan.origin.folder}-{plan.origin.size}-{baseline}-{plan.seeds[0]}.pt"
+    made_from = f"{plan.origin.digest[:8]}-{plan.attackers[:8]}"
+    return plan.out / "baselines" / f"{plan.origin.folder}-{made_from}-{plan.origin.size}-{baseline}-{plan.seeds[0]}.pt"
 
 
 def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None = None, *, bars: Bars) -> None:
@@ -155,16 +157,16 @@ def measure_task(plan: Plan, name: str, root: Images, victim: nn.Module | None =
     room.measure_baselines(cells)
     if not plan.knowing:
         return
+    known = []
+    for place in plan.surrogates:  # all of them read before the first attack, which takes long
+        other = load_bundle(place)
+        theirs = Graph(other.model).to(plan.device)
+        # The attacker's own heads, on his own branches.
+        folder = plan.out / "data" / name
+        heads = load_task(name, root, theirs, other.manifest, size, folder, plan.device, bars)
+        known.append(_Known(theirs, other, heads))
     room.attack_knowing("white box", [_Known(graph, bundle, task)])
-    if plan.surrogates:
-        known = []
-        for place in plan.surrogates:
-            other = load_bundle(place)
-            theirs = Graph(other.model).to(plan.device)
-            # The attacker's own heads, on his own branches.
-            folder = plan.out / "data" / name
-            heads = load_task(name, root, theirs, other.manifest, size, folder, plan.device, bars)
-            known.append(_Known(theirs, other, heads))
+    if known:
         room.attack_knowing("grey box" if len(known) == 1 else f"grey box of {len(known)}", known)
 
 
@@ -209,7 +211,7 @@ class _Room:
             for metric, value in quality.items():
                 add(metric, subject, value)
         add("scores", "detector", [round(float(score), 4) for score in self.before["score"]])
-        tables = {"bundle's calibration": self.manifest.calibration, "recalibrated": task.own_calibration}
+        tables = _tables(self.manifest, task)
         for name, table in tables.items():
             for budget, value in flagged(table, values["score"].numpy()).items():
                 add(f"fpr@{budget:g}", name, value, n=more)
@@ -358,7 +360,7 @@ class _Room:
         add("scores", "detector", [round(float(s), 4) for s in score])
         fooled = predicted[UNDEFENDED] != before[UNDEFENDED] if UNDEFENDED in predicted else np.zeros(len(labels), bool)
         right = before[GUARDED] == labels if task.victim_head is not None else np.zeros(len(labels), bool)
-        for name, table in {"bundle's calibration": self.manifest.calibration, "recalibrated": task.own_calibration}.items():
+        for name, table in _tables(self.manifest, task).items():
             p = table.p_value(score)
             for budget in BUDGETS:
                 if budget < table.smallest_budget:
@@ -390,6 +392,12 @@ class _Room:
             recalled = (nearest == labels[:, None]).any(axis=1)
             found[subject] = {"knn_acc": float(right.mean()), f"recall@{_RECALL_AT}": float(recalled.mean())}
         return found
+
+
+def _tables(manifest: Manifest, task: Task) -> dict[str, Calibration]:
+    """The tables that tell what is flagged, by name in the records."""
+    own = {} if task.own_calibration is None else {"recalibrated": task.own_calibration}
+    return {"bundle's calibration": manifest.calibration, **own}
 
 
 def under_attack(found: NDArray[np.int64], before: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[str, float]:

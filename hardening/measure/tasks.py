@@ -66,9 +66,9 @@ class Task:
     own_images: NDArray[np.uint8]
     """Clean training images that nothing was fitted on."""
     own_values: dict[str, Tensor]
-    own_calibration: Calibration
+    own_calibration: Calibration | None
     """The score's table on this task's clean images: what `twogate recalibrate` would write; the bundle's own, where it is of
-    this task's folder calibration/."""
+    this task's folder calibration/. None where the detector was fitted on these and the table is of other images by now."""
 
     def predictions(self, values: Mapping[str, Tensor], manifest: Manifest) -> dict[str, NDArray[np.int64]]:
         """Predicted classes [N] by system; none without classes."""
@@ -145,7 +145,7 @@ def of_another_class(
 ) -> NDArray[np.int64]:
     """For each image of `which` [N] one of `pool` of another class, [N]: what a targeted attack imitates.
 
-    Where all are of one class, or have none, the next of the pool.
+    Where all are of one class, or have none, the one before it in the pool.
     """
     if len(np.unique(labels[pool])) > 1:
         return np.array([rng.choice(pool[labels[pool] != labels[index]]) for index in which])
@@ -189,14 +189,21 @@ def load_task(
         victim_head = train_head(gallery[TRIPWIRE], fit_labels)
         served = train_heads(manifest, gallery["embedding"].numpy(), fit_labels, len(dataset.classes))
     # The detector was fitted on the bundle's own calibration/ too; its table is of detectors that were not.
-    calibrated = manifest.calibration.source.endswith(OWN_FOLDER) and dataset.digest == made_from.get("sha256")
+    fitted_on = dataset.digest == made_from.get("sha256") and dataset.paths[own[0]].startswith("calibration/")
+    calibrated = fitted_on and manifest.calibration.source.endswith(OWN_FOLDER)
     own_values = graph_values(graph, dataset.images[own], device, bars, f"{name}: own calibration")
     changed = {}
-    if manifest.calibration.changes and not calibrated:
+    if manifest.calibration.changes and not fitted_on:
         with bars.task(f"{name}: own calibration, honestly changed", len(KINDS)) as progress:
             for kind, copies in changed_each_way(dataset.small(own[to_be_changed(len(own))]), 0, manifest.pixels):
                 changed[kind] = run_uint8(graph, copies, ("score",), device)["score"].numpy()
                 progress.advance()
+    if calibrated:
+        own_calibration: Calibration | None = manifest.calibration
+    elif fitted_on:
+        own_calibration = None
+    else:
+        own_calibration = Calibration.of(name, own_values["score"].numpy(), changed)
     return Task(
         name=name,
         images=dataset.images[test],
@@ -212,5 +219,5 @@ def load_task(
         gallery_labels=fit_labels,
         own_images=dataset.images[own],
         own_values=own_values,
-        own_calibration=manifest.calibration if calibrated else Calibration.of(name, own_values["score"].numpy(), changed),
+        own_calibration=own_calibration,
     )

@@ -20,7 +20,9 @@ async def require_key(request: Request, given: Annotated[HTTPAuthorizationCreden
     Every key is compared in full, so that the time taken says nothing about how much of a guess was right.
     """
     keys = context_of(request).settings.api_keys
+    if not keys:
+        return
     guess = given.credentials.encode() if given else b""
     matches = [hmac.compare_digest(guess, key.get_secret_value().encode()) for key in keys]
-    if keys and not any(matches):
+    if not given or not any(matches):
         raise Unauthorized

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -11,6 +12,12 @@ from service.problems import ImageTooLarge, MalformedRequest, TooManyImages, Uns
 
 _PLAIN = ("", "binary", "8bit", "7bit")
 _MAX_FIELDS = 100
+_BOUNDARY = re.compile(
+    r"""boundary=(?:"([0-9A-Za-z'()+_,./:=?-]{1,70})"|([0-9A-Za-z'+_.-]{1,70})(?=\s*(?:;|$)))""", re.IGNORECASE
+)
+"""RFC 2046, section 5.1.1, without blanks; unquoted only what is a token in RFC 9110."""
+_FILE_NAME = re.compile(rb";\s*filename[^=;]*=", re.IGNORECASE)
+"""Wherever it stands: whether a quote before it was closed, frameworks see differently."""
 
 
 def file_parts(body: bytes, content_type: str, *, max_files: int, max_bytes: int) -> list[bytes]:
@@ -19,11 +26,11 @@ def file_parts(body: bytes, content_type: str, *, max_files: int, max_bytes: int
     A part is a file if it has a file name, or is of type image/* or application/octet-stream. Raises
     MalformedRequest, TooManyImages, ImageTooLarge, or UnsupportedMedia for a part with a Content-Transfer-Encoding:
     some frameworks undo it, so that what the app stores would not be what was judged.
+
+    A form that frameworks are known to read in different ways is malformed, so that an app finds no file in it that was
+    not found here: a boundary that they cut in two ways, more delimiters than parts, a header twice or over two lines.
     """
-    _, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if not boundary:
-        raise MalformedRequest("multipart/form-data without a boundary")
+    boundary = _boundary(content_type)
     parts = _Parts(max_files, max_bytes)
     try:
         parser = MultipartParser(
@@ -45,7 +52,21 @@ def file_parts(body: bytes, content_type: str, *, max_files: int, max_bytes: int
         raise MalformedRequest("the multipart body cannot be parsed") from None
     if not parts.finished:
         raise MalformedRequest("the multipart body ends before its closing boundary")
+    if body.count(b"--" + boundary) != parts.count + 1:
+        raise MalformedRequest("the multipart body has its boundary inside a part")
     return parts.files
+
+
+def _boundary(content_type: str) -> bytes:
+    """The boundary, where everybody reads the same one."""
+    _, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise MalformedRequest("multipart/form-data without a boundary")
+    said = [found.groups() for found in _BOUNDARY.finditer(content_type)]
+    if [quoted or plain for quoted, plain in said] != [boundary.decode("latin-1")]:
+        raise MalformedRequest("the boundary of multipart/form-data has characters that must be quoted, or may not be there")
+    return boundary
 
 
 @dataclass
@@ -56,7 +77,7 @@ class _Parts:
     max_bytes: int
     files: list[bytes] = field(default_factory=list)
     finished: bool = False
-    _count: int = 0
+    count: int = 0
     _field: bytes = b""
     _value: bytes = b""
     _headers: dict[bytes, bytes] = field(default_factory=dict)
@@ -64,8 +85,8 @@ class _Parts:
     _unnamed: bool = False
 
     def begin(self) -> None:
-        self._count += 1
-        if self._count > self.max_files + _MAX_FIELDS:
+        self.count += 1
+        if self.count > self.max_files + _MAX_FIELDS:
             raise MalformedRequest(f"more than {self.max_files + _MAX_FIELDS} parts")
         self._headers = {}
         self._current = None
@@ -77,21 +98,24 @@ class _Parts:
         self._value += data[start:end]
 
     def header_end(self) -> None:
-        self._headers[self._field.strip().lower()] = self._value.strip()
+        name, value = self._field.strip().lower(), self._value.strip()
+        if name in self._headers or b"\n" in value or b"\r" in value:
+            raise MalformedRequest("a part of the multipart body has a header twice, or on two lines")
+        self._headers[name] = value
         self._field = self._value = b""
 
     def headers_finished(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        disposition = self._headers.get(b"content-disposition", b"")
+        _, options = parse_options_header(disposition)
         media_type, _ = parse_options_header(self._headers.get(b"content-type"))
-        extended = b"filename*" in self._headers.get(b"content-disposition", b"").lower()
-        named = b"filename" in options or extended
+        named = b"filename" in options or _FILE_NAME.search(disposition) is not None
         typed = media_type.startswith(b"image/") or media_type == b"application/octet-stream"
         if not (named or typed):
             return
         index = len(self.files)
         if self._headers.get(b"content-transfer-encoding", b"").decode("latin-1").lower() not in _PLAIN:
             raise UnsupportedMedia(f"image {index}: send it without Content-Transfer-Encoding", index=index)
-        self._unnamed = not options.get(b"filename") and not extended
+        self._unnamed = not options.get(b"filename") and b"filename*" not in disposition.lower()
         self._current = bytearray()
 
     def data(self, data: bytes, start: int, end: int) -> None:

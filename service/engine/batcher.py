@@ -66,6 +66,7 @@ class Batcher:
         self._looping = False
         self.failing = False
         """Whether the last forward gave no answer to anybody."""
+        self._since: float | None = None
         self.seconds_per_image = 0.05
         """A moving average, to estimate when a full server is free again."""
 
@@ -73,6 +74,11 @@ class Batcher:
     def alive(self) -> bool:
         """Whether the loop runs."""
         return self._looping and self._supervisor is not None and not self._supervisor.done()
+
+    @property
+    def running_s(self) -> float:
+        """How long the present forward has been running, seconds; 0 where there is none."""
+        return 0.0 if self._since is None else time.monotonic() - self._since
 
     def start(self) -> None:
         """Begin to form batches; call it on the event loop."""
@@ -189,7 +195,7 @@ class Batcher:
 
     async def _run(self, batch: list[_Item]) -> list[Judged]:
         pictures = [item.picture for item in batch]
-        started = time.monotonic()
+        started = self._since = time.monotonic()
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
                 self._thread, lambda: self._compute(np.stack(pictures))
@@ -197,6 +203,8 @@ class Batcher:
         except Exception:
             self._telemetry.forward_failures.inc()
             raise
+        finally:
+            self._since = None
         if len(answers) != len(batch):
             raise RuntimeError(f"{len(answers)} answers for {len(batch)} images")
         seconds = time.monotonic() - started

@@ -20,18 +20,19 @@ from PIL import JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin
 from model_store.errors import ImageError, UndecodableImage
 from model_store.pixels import Header, Limits, PixelRule, decode, read_header
 from service.problems import DeadlineExceeded, refused_image
+from service.settings import LARGEST_BYTES_PER_PIXEL
 from service.telemetry import Telemetry
 
 T = TypeVar("T")
 PLUGINS = (JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin)
 
 BYTES_PER_PIXEL = {
-    # A progressive JPEG keeps all its coefficients, 2 bytes in each of 3 channels, at whatever scale it is decoded.
-    "image/jpeg": 6,
-    "image/png": 8,
-    "image/webp": 16,
+    # A progressive JPEG keeps all its coefficients, 2 bytes in each of up to 4 channels, at whatever scale it is decoded.
+    "image/jpeg": 9,
+    "image/png": 10,
+    "image/webp": LARGEST_BYTES_PER_PIXEL,
 }
-"""What decoding takes at its peak; measured 5.8 for PNG and 13.5 for WebP, rounded up."""
+"""What decoding takes at its peak, stored sideways and with alpha; `benchmarks/decode_memory.py` measures it."""
 
 logger = logging.getLogger("twogate.decode")
 

@@ -35,6 +35,7 @@ from service.telemetry import Telemetry
 logger = logging.getLogger("twogate.gate")
 CANARY_PERIOD_S = 1.0
 LOADING_RETRY_S = 2
+HANGING_RETRY_S = 30
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Gate:
             return Health(State.STARTING, "the model is being loaded")
         if not self._engine.batcher.alive:
             return Health(State.DEGRADED, "the batcher is being restarted")
+        if self._hangs(self._engine):
+            return Health(State.DEGRADED, f"a forward has not come back for {self._engine.batcher.running_s:.0f} s")
         if self._engine.batcher.failing:
             return Health(State.DEGRADED, "the last forward failed")
         return Health(State.READY, f"serving {self._engine.local.label}")
@@ -118,6 +121,9 @@ class Gate:
         deadline = now + self._settings.request_timeout_s if deadline is None else deadline
         if deadline <= now:
             raise DeadlineExceeded
+        if self._hangs(engine):
+            # Whoever came now would only be kept until the timeout, and their pictures longer.
+            raise Overloaded("a forward does not come back", after=HANGING_RETRY_S)
         with self._permits.held(len(images)) as granted:
             if not granted:
                 raise Overloaded(f"{self._permits.taken} images are being judged already", after=self._busy(engine))
@@ -137,6 +143,10 @@ class Gate:
         if self._engine is None:
             raise ModelLoading("the server has just started", after=LOADING_RETRY_S)
         return self._engine
+
+    def _hangs(self, engine: _Engine) -> bool:
+        """Whether all who wait for the present forward have given up."""
+        return engine.batcher.running_s > self._settings.request_timeout_s
 
     def _busy(self, engine: _Engine) -> float:
         """Seconds until a full server has room again, roughly; never so many that a client gives up."""
@@ -201,6 +211,6 @@ class Gate:
         canary = np.zeros((rule.height, rule.width, 3), np.uint8)
         while True:
             await asyncio.sleep(CANARY_PERIOD_S)
-            if engine.batcher.failing:
+            if engine.batcher.failing and not self._hangs(engine):
                 with contextlib.suppress(Problem):
                     await engine.batcher.submit_all([canary], time.monotonic() + self._settings.request_timeout_s)

@@ -250,6 +250,15 @@ def test_odd_names_and_unreadable_files_stop_nothing(
     assert row["error"] is None
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9.parquet", b"run:2.parquet"])
+def test_an_odd_output_is_written(twogate: Twogate, store: Path, photos: list[Path], tmp_path: Path, name: bytes) -> None:
+    out = tmp_path / os.fsdecode(name)
+    result = twogate("embed", str(photos[0]), "--store", str(store), "--bundle", "tiny", "--max-fpr", "0.05", "-o", str(out))
+    assert result.exit_code == 0, result.stderr
+    with out.open("rb") as file:
+        assert len(pq.read_table(file)) == 1
+
+
 def test_a_file_beyond_the_limit_is_a_row_with_an_error(
     twogate: Twogate, store: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

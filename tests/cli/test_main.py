@@ -3,10 +3,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from cli.main import app
+from cli.main import _Group, app
 from tests.cli.conftest import Process, Twogate
 from tests.conftest import REPOSITORY
 
@@ -91,3 +94,21 @@ def test_the_script_is_this_app() -> None:
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"twogate": "cli.main:app"}
     assert callable(app)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    group = typer.Typer(cls=_Group, pretty_exceptions_enable=False)
+
+    @group.callback()
+    def first() -> None:
+        """So that commands have names."""
+
+    @group.command()
+    def write() -> None:
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(b"x")
+
+    result = CliRunner().invoke(group, ["write"])
+    assert result.exit_code == 1
+    assert result.output == "twogate: No space left on device\n"

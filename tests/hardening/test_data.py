@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_hidden_folders_are_no_classes_and_hold_no_data(tmp_path: Path) -> None:
     hidden = read(root, tmp_path / "hidden")
     assert hidden.paths == plain.paths
     assert hidden.classes == plain.classes
+
+
+def test_a_class_that_no_manifest_could_name_is_refused(tmp_path: Path) -> None:
+    root = write_patterns(tmp_path / "root", train=24, test=5)
+    (root / "train" / "class0").rename(root / "train" / os.fsdecode(b"class\xff"))
+    with pytest.raises(DataError, match="cannot be a class"):
+        read(root, tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*"))
 
 
 def test_another_pixel_rule_is_not_served_images_of_this_one(labelled: Path, tmp_path: Path) -> None:

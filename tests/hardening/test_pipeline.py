@@ -131,9 +131,35 @@ def test_a_finished_run_returns_its_bundle(killed: Killed) -> None:
 
 
 def test_a_finished_run_is_not_of_another_store(killed: Killed, tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
-    with pytest.raises(RunError, match="has already published"):
-        again(killed, store=tmp_path / "store")
+    for _ in range(2):
+        with pytest.raises(RunError, match="has already published"):
+            again(killed, store=tmp_path / "store")
+        (tmp_path / "store").mkdir(exist_ok=True)
+
+
+def test_a_finished_run_needs_its_weights_files_no_more(tmp_path: Path) -> None:
+    weights = tmp_path / "victim.pt"
+    weights.write_bytes(b"weights")
+    victim = {"architecture": "resnet8_cifar", "weights": str(weights)}
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", victim=victim))
+    run = tmp_path / "run"
+    with pipeline._owned(run, recipe, tmp_path):
+        pass
+    weights.write_bytes(b"others")
+    with pytest.raises(RunError, match="another recipe, data folder or weights file"), pipeline._owned(run, recipe, tmp_path):
+        pass
+    (run / "bundle.json").write_text("{}")
+    weights.unlink()
+    with pipeline._owned(run, recipe, tmp_path):
+        pass
+
+
+def test_trying_a_store_leaves_no_trace(tmp_path: Path) -> None:
+    pipeline._try_store(tmp_path / "a" / "b" / "store", "tiny")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    pipeline._try_store(tmp_path / "a" / "b", "tiny")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["a"]
 
 
 def test_a_store_that_cannot_be_written_is_refused_before_hours_of_training(killed: Killed, tmp_path: Path) -> None:

@@ -205,6 +205,15 @@ def test_a_graph_that_answers_differently_is_refused(tmp_path: Path) -> None:
     assert refused.value.file == MODEL_FILE
 
 
+def test_a_graph_that_fails_on_the_golden_images_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: GateSession, images: object) -> None:
+        raise RuntimeError("a shape that was fixed")
+
+    monkeypatch.setattr(GateSession, "run", run)
+    with pytest.raises(BundleError, match=r"cannot answer the golden vector \(RuntimeError\)"):
+        verify_bundle(bundle)
+
+
 def test_a_golden_vector_that_cannot_be_run_is_refused(bundle: Path) -> None:
     golden = manifest_of(bundle).golden
     for change in (

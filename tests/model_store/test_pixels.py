@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import struct
 import tarfile
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from model_store.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedMedia
 from model_store.pixels import ACCEPTED, Limits, PixelRule, decode, decode_file, decode_small, read_header, sniff, to_input
@@ -133,6 +134,21 @@ def test_exif_orientation(kind: str, orientation: int, rule: PixelRule) -> None:
     assert np.median(difference) <= 2
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_in_xmp_is_none(kind: str) -> None:
+    picture = quadrants()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+    options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        plain, told = encoded(picture, kind), encoded(picture, kind, pnginfo=info)
+    else:
+        plain, told = encoded(picture, kind, **options), encoded(picture, kind, xmp=xmp, **options)
+    assert xmp in told
+    np.testing.assert_array_equal(decode(told, RULE), decode(plain, RULE))
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_counts_as_upright(orientation: int) -> None:
     exif = Image.Exif()
@@ -245,6 +261,20 @@ def test_colour_models(image: Image.Image, kind: str, colour: tuple[int, int, in
     assert_colour(decode(encoded(image, kind, **options), RULE), colour, 2 if kind == "JPEG" else 0)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_a_tall_picture_is_converted_as_in_one_piece(mode: str) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (700, 40, 4), dtype=np.uint8)
+    picture = (
+        Image.fromarray(values[..., 0].astype(np.uint16) * 256) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    )
+    if mode == "I;16":
+        whole = Image.fromarray(values[..., 0])
+    else:
+        whole = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture.convert("RGBA"))
+    rule = PixelRule(height=700, width=40)
+    np.testing.assert_array_equal(decode(encoded(picture, "PNG"), rule), np.asarray(whole.convert("RGB")))
+
+
 def test_the_background_is_the_rules() -> None:
     data = encoded(flat("RGBA", (9, 9, 9, 0)), "PNG")
     assert_colour(decode(data, RULE.model_copy(update={"background": (1, 2, 3)})), (1, 2, 3))
@@ -327,6 +357,25 @@ def test_a_bomb_is_refused_before_a_pixel_is_decoded(
             refuse()
         assert refused.value.actual == width * height
         assert refused.value.limit == 50_000_000
+
+
+def test_a_jpeg_of_countless_scans_is_refused_before_a_pixel_is_decoded() -> None:
+    plain = encoded(quadrants(), "JPEG", progressive=True)
+    last = plain.rindex(b"\xff\xda")
+    bomb = plain[:last] + plain[last:-2] * 5000 + plain[-2:]
+    for refused in (lambda: decode(bomb, RULE), lambda: read_header(bomb, Limits())):
+        started = time.process_time()
+        with pytest.raises(UndecodableImage, match="scans"):
+            refused()
+        assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {}, {"restart_marker_blocks": 1}])
+def test_what_looks_like_scans_and_is_none_is_not_counted(options: dict[str, Any]) -> None:
+    """In metadata, and in what phones put behind a photograph."""
+    plain = encoded(quadrants(), "JPEG", comment=b"\xff\xda" * 500, **options)
+    moving = plain + b"\xff\xda\x00\x02" * 5000
+    np.testing.assert_array_equal(decode(moving, RULE), decode(encoded(quadrants(), "JPEG", **options), RULE))
 
 
 @pytest.mark.parametrize("promise", [png_promising, jpeg_promising])

@@ -166,6 +166,7 @@ def test_copies_of_a_picture_say_no_more_than_it_does(old: Path, tmp_path: Path)
     assert (done.calibration.n, done.copies) == (60, 60)
     once = recalibrate(bundle, store, write(pictures, tmp_path / "once"), allow_small=True)
     assert done.calibration.scores == once.calibration.scores
+    assert len(done.score) == 60
 
 
 def test_a_folder_of_any_name_is_named(old: Path, tmp_path: Path) -> None:

@@ -35,6 +35,17 @@ def test_keys_from_the_environment_are_split_and_never_printed(monkeypatch: pyte
     assert "first" not in repr(settings)
 
 
+@pytest.mark.parametrize("keys", [",", " ", "first,", "first,,second"])
+def test_a_key_that_is_empty_opens_no_door(keys: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "twogate.toml"
+    file.write_text(f"api_keys = {keys.split(',')}\n")
+    with pytest.raises(SettingsError, match="empty"):
+        load_settings(file)
+    monkeypatch.setenv("TWOGATE_API_KEYS", keys)
+    with pytest.raises(SettingsError, match="empty"):
+        load_settings()
+
+
 def test_variables_that_are_not_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWOGATE_VENV", "/somewhere")
     monkeypatch.setenv("TWOGATE_PORT", "")
@@ -50,7 +61,7 @@ def test_variables_that_are_not_settings_are_left_alone(monkeypatch: pytest.Monk
         ("max_fpr = 'x", "twogate.toml"),
         ("max_image_bytes = 99999999", "max_image_bytes must not be larger than max_body_bytes"),
         ("max_images = 100", "max_images must not be larger than max_pending_images"),
-        ("max_pixels = 100000000", "decode_memory_bytes must be at least 1600000000"),
+        ("max_pixels = 100000000", "decode_memory_bytes must be at least 2000000000"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, content: str, message: str) -> None:

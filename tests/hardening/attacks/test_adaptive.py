@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +221,22 @@ def test_the_universal_attack_adds_one_perturbation(target: Target, batch: tuple
     inside = ((found > 0) & (found < 1)).all(dim=0)
     assert (delta - delta[:1]).abs()[:, inside].max() < 1e-5
     assert delta.abs().max() > 0.9 * EPSILON
+
+
+def test_the_universal_attack_looks_at_few_images_at_a_time(target: Target, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    seen: list[int] = []
+
+    def see(few: Tensor) -> Seen:
+        seen.append(len(few))
+        return target.see(few)
+
+    watched = replace(target, see=see)
+    common: Any = {"epsilon": EPSILON, "steps": 3}
+    found = ensemble_universal(watched, images, labels, chunk=5, generator=generator(), **common)
+    assert max(seen) == 5
+    whole = ensemble_universal(target, images, labels, chunk=len(images), generator=generator(), **common)
+    torch.testing.assert_close(found, whole)
 
 
 def test_a_patch_lies_where_advencoder_puts_it() -> None:

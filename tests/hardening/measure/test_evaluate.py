@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hardening.data import prepared_name
+from hardening.calibrate import OWN_FOLDER
+from hardening.data import DataError, prepare, prepared_name
 from hardening.encoders import as_input
 from hardening.graph import Graph
 from hardening.measure.evaluate import EvaluationError, attack, evaluate
@@ -30,6 +31,7 @@ from model_store.manifest import MODEL_FILE
 from model_store.store import publishing
 from tests.conftest import REPOSITORY
 from tests.hardening.conftest import QuietBars
+from tests.support.patterns import patterns, write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,66 @@ def test_recalibrated_is_what_recalibrate_would_promise(
     clean, quieter = np.array(plain.scores), np.array(raised.scores)
     assert (quieter >= clean).all()
     assert (quieter > clean).any()
+
+
+def test_nothing_is_recalibrated_on_images_that_the_detector_was_fitted_on(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(task_folder, tmp_path / "root")
+    write_pictures(root / "calibration", patterns(8, 16)[0])
+    bundle = load_bundle(toy_bundles[0])
+    splits = Splits(public=0, local=0.4, validation=0.2, fit=0.4, calibration=0)
+    dataset = prepare(root, bundle.manifest.pixels, splits, 0, tmp_path / "data", QuietBars())
+    made_from = {"data": dataset.summary(), "recipe": {"splits": splits.model_dump(mode="json")}}
+    graph = Graph(bundle.model)
+
+    def own(source: str) -> Calibration | None:
+        table = bundle.manifest.calibration.model_copy(update={"source": source})
+        manifest = bundle.manifest.model_copy(update={"calibration": table, "provenance": made_from})
+        return load_task("patterns", root, graph, manifest, SIZES["smoke"], tmp_path, "cpu", QuietBars()).own_calibration
+
+    # As it was made, the table is of detectors that had not seen these images; calibrated anew, that table is gone.
+    made = own(f"64 clean images, {OWN_FOLDER}")
+    assert made is not None
+    assert made.scores == bundle.manifest.calibration.scores
+    assert own("99 clean images, the folder scans") is None
+
+
+def test_every_task_is_decoded_before_two_processes_would_do_it(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[set[str]] = []
+
+    def look(jobs: object, workers: int, bars: object) -> None:
+        found.append({file.relative_to(tmp_path).parts[1] for file in (tmp_path / "data").rglob("index.json")})
+
+    monkeypatch.setattr("hardening.measure.evaluate.run_jobs", look)
+    with pytest.raises(EvaluationError, match="no records"):
+        evaluate([toy_bundles[0]], {"a": task_folder, "b": task_folder}, tmp_path, size="smoke", attacks=(), bars=QuietBars())
+    assert found[0] == {"a", "b"}
+
+
+def test_one_report_has_one_attacker(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(task_folder, tmp_path / "other")
+    for file in sorted((other / "train").rglob("*.png"))[::2]:
+        file.unlink()
+    tasks = {"a": task_folder, "b": other}
+    jobs: list[int] = []
+    monkeypatch.setattr("hardening.measure.evaluate.run_jobs", lambda asked, *_: jobs.append(len(asked)))
+
+    def run(order: str, attack: str) -> None:
+        asked = {name: tasks[name] for name in order}
+        with pytest.raises(EvaluationError, match="no records"):
+            evaluate([toy_bundles[0]], asked, tmp_path / "out", size="smoke", attacks=(attack,), bars=QuietBars())
+
+    run("ab", "uap")
+    run("ba", "pgd")  # makes nothing of the training images
+    run("a", "uap")
+    with pytest.raises(RecordsError, match="name the same task first"):
+        run("ba", "uap")
+    assert jobs == [1, 2, 0, 2, 1, 1]
 
 
 def test_numbers_hang_together(records: list[Record]) -> None:
@@ -294,6 +356,19 @@ def test_a_universal_attack_is_not_kept_for_another_size(
     assert len(made("small")) == 2
 
 
+def test_a_targeted_attack_needs_another_picture(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(task_folder / "train", tmp_path / "root" / "train").parent
+    write_pictures(root / "test" / next((root / "train").iterdir()).name, patterns(1, 16)[0][:1])
+
+    def made(name: str) -> list[Path]:
+        out = tmp_path / name
+        return attack(toy_bundles[0], root, out, name=name, epsilon=12, images=1, size="smoke", seed=0, bars=QuietBars())
+
+    assert len(made("pgd")) == 1
+    with pytest.raises(DataError, match="test"):
+        made("targeted")
+
+
 def test_a_targeted_attack_imitates_another_class() -> None:
     labels = np.repeat(np.arange(4), 5)
     pool, rng = np.arange(20), np.random.default_rng(0)
@@ -387,6 +462,12 @@ def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: P
         run(surrogates=[toy_bundles[0]], size="smoke")
     with pytest.raises(EvaluationError, match="of one recipe"):
         run(surrogates=[toy_bundles[1], REPOSITORY / "model_store" / "bundles" / "photos" / "1"], size="smoke")
+    photos = REPOSITORY / "model_store" / "bundles" / "photos" / "1"
+    with pytest.raises(EvaluationError, match="pictures of the size"):
+        run(surrogates=[photos], size="smoke")
+    shutil.copytree(toy_bundles[1].parent, tmp_path / "store" / "toy")
+    with pytest.raises(EvaluationError, match="one name and version"):
+        evaluate([toy_bundles[1], tmp_path / "store" / "toy" / toy_bundles[1].name], {"x": task_folder}, tmp_path)
     with pytest.raises(EvaluationError, match="--task"):
         evaluate([toy_bundles[0]], {}, tmp_path, bars=QuietBars())
     with pytest.raises(EvaluationError, match="no records"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,14 +76,16 @@ def value(records: list[Record], metric: str, subject: str, task: str, attack: s
 
 def test_every_cell_of_photographs(out: Path, pictures: Path) -> None:
     records = read(out / "photographs")
+    (folder,) = {r.task.split(", ")[0] for r in records}
+    assert folder.startswith(f"{pictures.name}-")
     for side in SIDES:
         for name in FORMATS:
-            task = f"{pictures.name}, {side} px, {name}"
+            task = f"{folder}, {side} px, {name}"
             assert 0 <= value(records, "fpr@0.05", SERVICE, task, "clean") <= 1
             for attack in ("input size", "resize rule"):
                 assert 0 <= value(records, "tpr@0.05", SERVICE, task, attack) <= 1
                 assert -1 <= value(records, "cosine", RETURNED, task, attack) <= 1.001
-        lossless = f"{pictures.name}, {side} px, PNG"
+        lossless = f"{folder}, {side} px, PNG"
         rule = value(records, "cosine", UNDEFENDED, lossless, "resize rule")
         assert rule < value(records, "cosine", UNDEFENDED, lossless, "input size")
         assert rule < 0.9
@@ -99,6 +103,22 @@ def test_the_page_comes_from_the_records_alone(out: Path, tmp_path: Path) -> Non
     assert "60 px" in rows[0]
     assert "150 px" in rows[-1]
     assert "twogate probe" in text
+
+
+def test_other_pictures_in_a_folder_of_the_same_name_are_rows_of_their_own(
+    served: ThreadServer, toy_bundles: tuple[Path, Path], pictures: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    pages = []
+    for name in (b"0.png", b"odd\xff.png"):
+        shutil.copy(pictures / "0.png", os.fsencode(root) + b"/" + name)
+        page = probe_photographs(
+            toy_bundles[0], served.url, root, tmp_path / "out", sides=(60,), epsilon=24, size="smoke", bars=QuietBars()
+        )
+        pages.append([line for line in page.read_text().splitlines() if " px, " in line])
+    assert set(pages[0]) < set(pages[1])
+    assert len(pages[1]) == 2 * len(pages[0])
 
 
 def test_what_is_there_is_not_measured_again(
@@ -150,9 +170,11 @@ def test_refusals_before_any_work(
 
     with pytest.raises(ServiceError, match="no service answers"):
         photographs(url="http://127.0.0.1:9")
-    for url in ("localhost", "http://127.0.0.1:99999"):
+    for url in ("localhost", "http://127.0.0.1:99999", "http://[::1"):
         with pytest.raises(ServiceError, match="like http://"):
             photographs(url=url)
+    with pytest.raises(ServiceError, match="no service answers"):
+        photographs(url="http://a..b")
     with pytest.raises(DeviceError, match="no device"):
         probe_photographs(place, served.url, pictures, tmp_path, sides=(60,), size="smoke", device="foo", bars=QuietBars())
     with pytest.raises(ServiceError, match=r"serves toy/1 .* not toy/2"):
@@ -175,6 +197,17 @@ def test_a_service_that_refuses_flagged_images_cannot_be_measured(toy_bundles: t
     settings = Settings(store=place.parent.parent, bundle=f"toy/{place.name}", max_fpr=0.05, on_flag="reject", threads=1)
     with thread_server(settings) as server, pytest.raises(ServiceError, match="--on-flag flag"):
         LiveService(server.url, load_bundle(place))
+
+
+def test_a_service_with_another_calibration_is_told_from_the_bundle(
+    served: ThreadServer, toy_bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
+    bundle = load_bundle(toy_bundles[0])
+    scores = tuple(score - 1 for score in bundle.manifest.calibration.scores)
+    table = bundle.manifest.calibration.model_copy(update={"scores": scores})
+    other = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"calibration": table}))
+    with pytest.raises(ServiceError, match="another calibration"):
+        LiveService(served.url, other).ask([png(image) for image in patterns(3)[0][:8]])
 
 
 def test_answers_are_the_bundles_own_in_the_order_of_the_images(served: ThreadServer, toy_bundles: tuple[Path, Path]) -> None:

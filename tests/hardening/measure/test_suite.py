@@ -26,7 +26,7 @@ from hardening.measure import rivals
 from hardening.measure.oblivious import fingerprint
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.sizes import SIZES
-from hardening.measure.suite import Plan, _Room, craft_perturbations, measure_task
+from hardening.measure.suite import Plan, _Room, baseline_file, craft_perturbations, measure_task
 from hardening.measure.tasks import GUARDED, UNDEFENDED, Task
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
@@ -231,10 +231,28 @@ def test_attacks_are_of_one_public_victim_and_its_normalisation(toy_bundles: tup
     victim = graph.encoder("tripwire")
     before = fingerprint(victim)
     assert fingerprint(graph.encoder("tripwire")) == before
-    read = {name for step in graph._needed([graph.feature_names["tripwire"]]) for name in step.inputs}
-    constant = next(name for name in read if name in graph.constants and graph.constants[name].is_floating_point())
+    read = [id(value) for value in victim.constants if value.is_floating_point()]
+    constant = next(name for name, value in graph.constants.items() if id(value) in read)
     graph.constants[constant] = graph.constants[constant] * 1.5 + 1
     assert fingerprint(victim) != before
+
+
+def test_the_victims_weights_count_once(toy_bundles: tuple[Path, Path]) -> None:
+    victim = Graph(load_bundle(toy_bundles[0]).model).encoder("tripwire")
+    weights = [value for value in victim.state_dict().values() if value.ndim == 4]
+    assert weights
+    assert not [c for c in victim.constants if any(c.shape == w.shape and torch.equal(c, w) for w in weights)]
+
+
+def test_another_bundles_baselines_are_not_taken_for_this_ones(toy_bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    files = {
+        baseline_file(
+            plan(toy_bundles[0], tmp_path, origin=dataclasses.replace(ORIGIN, digest=digest), attackers=images), "mart"
+        )
+        for digest in ("a" * 64, "b" * 64)
+        for images in ("c" * 16, "d" * 16)
+    }
+    assert len(files) == 4
 
 
 def test_a_bundle_without_a_tripwire_needs_the_public_victim(

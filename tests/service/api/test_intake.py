@@ -113,6 +113,14 @@ def test_too_many() -> None:
     assert found.value.members == {"limit": 3, "actual": 4}
 
 
+@pytest.mark.parametrize("item", ['{"image":""}', '""', "1", "[]"])
+def test_a_body_of_countless_values_is_refused_unread(item: str) -> None:
+    values = ",".join([item] * 100_000)
+    for body in (f'{{"input":[{values}]}}', f'{{"input":"eA==","more":[{values}]}}'):
+        with pytest.raises(TooManyImages):
+            _parse(body.encode())
+
+
 @pytest.mark.parametrize("content_type", ["", "image/jpeg", "image/anything", "application/octet-stream"])
 def test_a_raw_body(content_type: str) -> None:
     assert _parse(b"picture", content_type).images == [b"picture"]
@@ -135,6 +143,8 @@ def test_another_body_is_unsupported(content_type: str) -> None:
         ("", "reject", "reject"),
         ("on_flag=flag", "reject", "reject"),
         ("on_flag=reject", "flag", "reject"),
+        ("on_flag=reject&on_flag=flag", None, "reject"),
+        ("on_flag=flag&on_flag=reject", "flag", "reject"),
     ],
 )
 def test_either_place_may_ask_to_reject(query: str, member: str | None, policy: str) -> None:

@@ -77,6 +77,43 @@ def test_what_cannot_be_parsed_is_malformed(body: bytes, content_type: str) -> N
         _parts(body, content_type)
 
 
+_FIELD = 'Content-Disposition: form-data; name="a"'
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        # In each of these Werkzeug 3.1 finds a file a.jpg, and this parser saw none.
+        (_body((_FIELD, b'\n--xyz\nContent-Disposition: form-data; name="b"; filename="a.jpg"\n\nx')), TYPE),
+        (_body((f'{_FIELD}; filename="a.jpg"\r\n{_FIELD}', b"x")), TYPE),
+        (_body((f'{_FIELD}\nX: y\r\nContent-Disposition: form-data; name="a"; filename="a.jpg"', b"x")), TYPE),
+        (_body((_file(), b"x")), "multipart/form-data; boundary=xyz c"),
+        (_body((_file(), b"x")), "multipart/form-data; boundary=xyz:c"),
+        (_body((_file(), b"x")), "multipart/form-data; boundary=xyz; boundary=abc"),
+        (_body((_file(), b"x")), 'multipart/form-data; boundary="xy\\z"'),
+    ],
+)
+def test_what_frameworks_read_in_different_ways_is_refused(body: bytes, content_type: str) -> None:
+    with pytest.raises(MalformedRequest):
+        _parts(body, content_type)
+
+
+def test_a_file_name_behind_a_quote_that_nobody_closed_is_one() -> None:
+    assert _parts(_body(('Content-Disposition: form-data; name=x"; filename=a.jpg; y="', b"x"))) == [b"x"]
+    assert _parts(_body(('Content-Disposition: form-data; name="filename"', b"a text"))) == []
+
+
+@pytest.mark.parametrize(
+    "boundary",
+    ["----WebKitFormBoundary7MA4YWxkTrZu0gW", "--geckoformboundary1a2b", "=_Part_1.23", "0123456789abcdef'()+_,-./:=?"],
+)
+def test_boundaries_that_clients_send_are_read(boundary: str) -> None:
+    body = _body((_file(), b"x")).replace(b"xyz", boundary.encode())
+    assert _parts(body, f'multipart/form-data; charset=utf-8; boundary="{boundary}"') == [b"x"]
+    if not set(boundary) & set("()=,/:? "):
+        assert _parts(body, f"multipart/form-data; boundary={boundary} ; charset=utf-8") == [b"x"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 300), st.binary(max_size=10))
 def test_nothing_but_a_problem_comes_out_of_a_damaged_body(content: bytes, at: int, damage: bytes) -> None:

@@ -178,6 +178,32 @@ def test_while_forwards_fail_it_is_degraded_and_finds_out_by_itself_when_they_wo
     run(make_settings(), test)
 
 
+def test_while_a_forward_does_not_come_back_nobody_is_let_in(
+    make_settings: MakeSettings, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(gate: Gate) -> None:
+        brake = Brake(gate, monkeypatch)
+        with pytest.raises(DeadlineExceeded):
+            await gate.judge([photo])
+        assert gate._engine is not None
+        until = time.monotonic() + 5
+        while gate.health().ready:
+            assert time.monotonic() < until
+            await asyncio.sleep(0.02)
+        assert "has not come back" in gate.health().reason
+        for _ in range(3):
+            with pytest.raises(Overloaded, match="does not come back"):
+                await gate.judge([photo])
+        assert gate._engine.batcher._queue.empty()
+        brake.go.set()
+        while not gate.health().ready:
+            assert time.monotonic() < until
+            await asyncio.sleep(0.02)
+        assert len(await gate.judge([photo])) == 1
+
+    run(make_settings(request_timeout_s=0.2), test)
+
+
 def test_draining_still_answers(make_settings: MakeSettings, photo: bytes) -> None:
     async def test(gate: Gate) -> None:
         gate.drain()
