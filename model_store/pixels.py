@@ -220,7 +220,8 @@ def _open(data: bytes, limits: Limits) -> tuple[str, ImageFile.ImageFile]:
         raise ImageTooLarge("the number of pixels", limits.max_pixels, int(pixels[0]) if pixels else 0) from None
     except DECODE_ERRORS:
         raise UndecodableImage("the image's header cannot be read") from None
-    if media_type == "image/jpeg" and _scans(data) > _MOST_SCANS:
+    # The first count is quick, and nearly always enough.
+    if media_type == "image/jpeg" and data.count(bytes([0xFF, _START_OF_SCAN])) > _MOST_SCANS and _scans(data) > _MOST_SCANS:
         raise UndecodableImage(f"the JPEG has more than {_MOST_SCANS} scans")
     width, height = image.size
     if max(width, height) > limits.max_side:
