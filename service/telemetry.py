@@ -6,6 +6,8 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
+from service.problems import all_problems
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -52,6 +54,11 @@ class Telemetry:
         self.rejects = Counter(
             "twogate_rejects", "Requests not answered with a result, by problem type", ["reason"], registry=registry
         )
+        # From the start: Prometheus sees no rise in a series that begins with it.
+        for flagged in ("true", "false"):
+            self.verdicts.labels(flagged)
+        for kind in all_problems():
+            self.rejects.labels(kind.name)
         self.model = Info("twogate_model", "What is served", registry=registry)
         self.provider = Info("twogate_provider", "Where the graph really runs", registry=registry)
         self.ready = Gauge("twogate_ready", "1 while /health/ready answers 200", registry=registry)

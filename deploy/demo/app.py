@@ -32,6 +32,8 @@ class Album(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Take an upload."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path != "/upload":
+            return self.answer(404, b"not found", "text/plain")
         head = f"Content-Type: {self.headers.get('Content-Type')}\r\n\r\n".encode()
         form = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
         stored = 0
@@ -39,7 +41,7 @@ class Album(BaseHTTPRequestHandler):
             if name := part.get_filename():
                 album[name.replace("/", "_")] = part.get_payload(decode=True)
                 stored += 1
-        self.answer(201 if stored else 200, f"stored {stored}\n".encode(), "text/plain")
+        return self.answer(201 if stored else 200, f"stored {stored}\n".encode(), "text/plain")
 
     def answer(self, status: int, body: bytes, media_type: str) -> None:
         """Send it."""

@@ -4,13 +4,18 @@
 const NO_UPLOADS = ['GET', 'HEAD', 'OPTIONS', 'DELETE', 'TRACE'];
 
 async function ask(r) {
-    if (NO_UPLOADS.includes(r.method)) {
+    if (NO_UPLOADS.includes(r.method) && !hasBody(r)) {
         return pass(r, '');
     }
     // The gate and the app might each take another boundary, and so see other files.
     const types = r.rawHeadersIn.filter(h => h[0].toLowerCase() === 'content-type');
     if (types.length > 1 || (types.length === 1 && types[0][1].toLowerCase().split('boundary').length > 2)) {
         return problem(r, 400, 'malformed-request', 'Content-Type says two things');
+    }
+    // The gate would see one image, and some apps a form.
+    const type = types.length ? types[0][1].trim() : '';
+    if (/multipart|boundary/i.test(type) && !/^multipart\/form-data\s*;/i.test(type)) {
+        return problem(r, 400, 'malformed-request', 'Content-Type is nearly that of a form');
     }
     let reply;
     try {
@@ -40,6 +45,12 @@ async function ask(r) {
         return r.return(reply.status, reply.responseText);
     }
     return unavailable(r, name || 'status ' + reply.status);
+}
+
+function hasBody(r) {
+    const length = r.headersIn['Content-Length'];
+    return r.headersIn['Transfer-Encoding'] || (length && length !== '0') || r.variables.request_body_file
+        || (r.requestBuffer && r.requestBuffer.length > 0);
 }
 
 function pass(r, verdict) {

@@ -16,7 +16,7 @@ _BOUNDARY = re.compile(
     r"""boundary=(?:"([0-9A-Za-z'()+_,./:=?-]{1,70})"|([0-9A-Za-z'+_.-]{1,70})(?=\s*(?:;|$)))""", re.IGNORECASE
 )
 """RFC 2046, section 5.1.1, without blanks; unquoted only what is a token in RFC 9110."""
-_FILE_NAME = re.compile(rb";\s*filename[^=;]*=", re.IGNORECASE)
+_FILE_NAME = re.compile(rb"(?:^|;)\s*filename[^=;]*=", re.IGNORECASE)
 """Wherever it stands: whether a quote before it was closed, frameworks see differently."""
 
 
@@ -28,7 +28,8 @@ def file_parts(body: bytes, content_type: str, *, max_files: int, max_bytes: int
     some frameworks undo it, so that what the app stores would not be what was judged.
 
     A form that frameworks are known to read in different ways is malformed, so that an app finds no file in it that was
-    not found here: a boundary that they cut in two ways, more delimiters than parts, a header twice or over two lines.
+    not found here: a boundary that they cut in two ways, more delimiters than parts, a form within a part, a part's header
+    twice or over two lines.
     """
     boundary = _boundary(content_type)
     parts = _Parts(max_files, max_bytes)
@@ -108,6 +109,8 @@ class _Parts:
         disposition = self._headers.get(b"content-disposition", b"")
         _, options = parse_options_header(disposition)
         media_type, _ = parse_options_header(self._headers.get(b"content-type"))
+        if media_type.startswith(b"multipart/"):
+            raise MalformedRequest("a part of the multipart body is multipart itself")
         named = b"filename" in options or _FILE_NAME.search(disposition) is not None
         typed = media_type.startswith(b"image/") or media_type == b"application/octet-stream"
         if not (named or typed):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .uploads import VERDICT_HEADER, Refusal, Uploads
@@ -18,6 +19,8 @@ from .uploads import VERDICT_HEADER, Refusal, Uploads
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_AT_ONCE = 32
+"""Uploads that are judged at a time; more are answered as if the gate were down."""
 _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 
@@ -27,10 +30,18 @@ class TwogateMiddleware:
     def __init__(self, app: _App, gate: Any, **policy: Any) -> None:
         self._app = app
         self._uploads = Uploads(gate, **policy)
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="twogate-ask")
+        self._asking = 0
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Pass one request on, or answer it."""
-        if scope["type"] != "http" or not self._uploads.concerns(scope["method"], scope["path"]):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # What a client sent under this name must not reach the app.
+        kept = [(name, value) for name, value in scope["headers"] if name.lower() != VERDICT_HEADER.encode()]
+        scope = {**scope, "headers": kept}
+        if not self._concerned(scope):
             await self._app(scope, receive, send)
             return
         # Joined where there are several: an app may look at the first, or at the last.
@@ -50,14 +61,10 @@ class TwogateMiddleware:
             if not message.get("more_body"):
                 break
         whole = bytes(body)
-        verdict = await asyncio.to_thread(
-            self._uploads.judge, whole, joined.get(b"content-type", ""), joined.get(b"content-encoding", "")
-        )
+        verdict = await self._judge(whole, joined.get(b"content-type", ""), joined.get(b"content-encoding", ""))
         if isinstance(verdict, Refusal):
             await _answer(send, verdict)
             return
-        # What a client sent under this name must not reach the app.
-        kept = [(name, value) for name, value in scope["headers"] if name.lower() != VERDICT_HEADER.encode()]
         replayed = False
 
         async def again() -> MutableMapping[str, Any]:
@@ -68,6 +75,26 @@ class TwogateMiddleware:
             return {"type": "http.request", "body": whole, "more_body": False}
 
         await self._app({**scope, "headers": [*kept, (VERDICT_HEADER.encode(), verdict.encode())]}, again, send)
+
+    def _concerned(self, scope: _Scope) -> bool:
+        """The path may have the root path before it, which routers leave out."""
+        path, root = scope["path"], scope.get("root_path") or ""
+        inner = path.removeprefix(root) if path.startswith(f"{root}/") else path
+        there = {name.lower(): value for name, value in scope["headers"]}
+        has_body = b"transfer-encoding" in there or there.get(b"content-length", b"0") != b"0"
+        return self._uploads.concerns(scope["method"], path, inner, has_body=has_body)
+
+    async def _judge(self, *upload: Any) -> Refusal | str:
+        """In a thread of its own, so that a gate that hangs keeps nobody waiting for a thread, and not the app's threads."""
+        if self._asking >= _AT_ONCE:
+            return self._uploads.busy()
+        self._asking += 1
+        asked = asyncio.get_running_loop().run_in_executor(self._threads, self._uploads.judge, *upload)
+        asked.add_done_callback(self._asked)
+        return await asyncio.shield(asked)
+
+    def _asked(self, _: asyncio.Future[Refusal | str]) -> None:
+        self._asking -= 1
 
 
 async def _answer(send: _Send, refusal: Refusal) -> None:

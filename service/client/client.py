@@ -78,7 +78,7 @@ class TwogateClient:
             response = connection.getresponse()
             answer = _understood(response.status, response.read(1_000_000), response.getheader("Retry-After"))
         except (OSError, http.client.HTTPException) as error:
-            answer = _unavailable(f"the gate did not answer: {type(error).__name__}")
+            answer = unavailable(f"the gate did not answer: {type(error).__name__}")
         except ValueError:  # what the client sent in these headers cannot be sent on
             answer = Answer(
                 Outcome.REFUSED, 400, "malformed headers", b'{"type": "/problems/malformed-request", "status": 400}'
@@ -100,7 +100,7 @@ def _understood(status: int, body: bytes, retry_after: str | None) -> Answer:
         document = json.loads(body)
         assert isinstance(document, dict)
     except (ValueError, AssertionError):
-        return _unavailable(f"what answered with {status} is not the gate")
+        return unavailable(f"what answered with {status} is not the gate")
     if status == 200 and document.get("flagged") is False:
         return Answer(Outcome.CLEAN, status, "no image is suspected", body)
     name = str(document.get("type", "")).rpartition("/")[2]
@@ -113,11 +113,11 @@ def _understood(status: int, body: bytes, retry_after: str | None) -> Answer:
         case ((400 | 413 | 415 | 422), _) if name:
             outcome = Outcome.REFUSED
         case _:
-            return _unavailable(reason if name else f"the gate answered {status}", retry_after)
+            return unavailable(reason if name else f"the gate answered {status}", retry_after)
     return Answer(outcome, status, reason, body)
 
 
-def _unavailable(reason: str, retry_after: str | None = None) -> Answer:
+def unavailable(reason: str, retry_after: str | None = None) -> Answer:
     """What the app's own clients are told, without a word of how the gate is reached."""
     document = {
         "type": "/problems/gate-unavailable",

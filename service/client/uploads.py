@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .client import Answer, Outcome, TwogateClient
+from .client import Answer, Outcome, TwogateClient, unavailable
 
 MIB = 1024 * 1024
 VERDICT_HEADER = "x-twogate-verdict"
 _NO_UPLOADS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE", "TRACE"})
 _PROBLEM = "application/problem+json"
+_FORM = re.compile(r"multipart/form-data\s*;", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,30 @@ class Uploads:
         self.max_body_bytes = max_body_bytes
         self._unavailable = unavailable
 
-    def concerns(self, method: str, path: str) -> bool:
-        """Whether this request is an upload that must be judged."""
-        return method.upper() not in _NO_UPLOADS and any(path == own or path.startswith(f"{own}/") for own in self._paths)
+    def concerns(self, method: str, *paths: str, has_body: bool) -> bool:
+        """Whether this request, to a path that apps may know by several names, is an upload that must be judged."""
+        if method.upper() in _NO_UPLOADS and not has_body:
+            return False
+        # Some routers take many slashes for one.
+        found = [re.sub("/{2,}", "/", path) for path in paths]
+        return any(path == own or path.startswith(f"{own}/") for path in found for own in self._paths)
 
     def judge(self, body: bytes, content_type: str, content_encoding: str) -> Refusal | str:
         """Ask the gate; the answer in the app's place, or the word for the header that tells the app."""
-        if content_type.lower().count("boundary") > 1:
+        said = content_type.lower()
+        if said.count("boundary") > 1:
             # The gate and the app might each take another one, and so see other files.
             return _problem(400, "malformed-request", "The request cannot be parsed", "Content-Type says two things")
-        answer = self._gate.scan(body, content_type, content_encoding)
+        if ("multipart" in said or "boundary" in said) and not _FORM.match(content_type.strip()):
+            # The gate would see one image, and some apps a form.
+            return _problem(400, "malformed-request", "The request cannot be parsed", "Content-Type is nearly that of a form")
+        return self._follow(self._gate.scan(body, content_type, content_encoding))
+
+    def busy(self) -> Refusal | str:
+        """What follows where the gate is not even asked, because too many others are being judged."""
+        return self._follow(unavailable("too many uploads are being judged at once"))
+
+    def _follow(self, answer: Answer) -> Refusal | str:
         match answer.outcome:
             case Outcome.CLEAN | Outcome.NOTHING:
                 return answer.outcome.value

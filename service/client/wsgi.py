@@ -28,8 +28,12 @@ class TwogateMiddleware:
 
     def __call__(self, environ: _Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Pass one request on, or answer it."""
-        path = environ.get("PATH_INFO", "") or "/"
-        if not self._uploads.concerns(environ["REQUEST_METHOD"], path):
+        # What a client sent under this name must not reach the app.
+        environ = {name: value for name, value in environ.items() if name != "HTTP_X_TWOGATE_VERDICT"}
+        # Bytes in the guise of Latin-1 (PEP 3333).
+        path = environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace") or "/"
+        has_body = environ.get("CONTENT_LENGTH") not in (None, "", "0") or "HTTP_TRANSFER_ENCODING" in environ
+        if not self._uploads.concerns(environ["REQUEST_METHOD"], path, has_body=has_body):
             return self._app(environ, start_response)
         body = self._read(environ)
         if body is None:

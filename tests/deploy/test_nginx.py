@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import re
 import shutil
@@ -123,6 +125,8 @@ def test_a_larger_upload_that_nginx_keeps_in_a_file(proxied: Proxied, photo: byt
         (b"%PDF-1.7", "application/pdf", 415),
         (b'{"input": "x"}', "application/json", 415),
         (b"--b--\r\n", "multipart/form-data; boundary=a; boundary=b", 400),
+        (b"--b--\r\n", "multipart/mixed; boundary=b", 400),
+        (b"--b--\r\n", "multipart/form-data, boundary=b", 400),
         (b"\0" * (33 << 20), "image/jpeg", 413),
     ],
 )
@@ -131,6 +135,21 @@ def test_what_cannot_be_judged_is_refused(proxied: Proxied, content: bytes, cont
         before = pictures(client)
         assert client.post("/upload", content=content, headers={"Content-Type": content_type}).status_code == status
         assert pictures(client) == before
+
+
+def test_there_is_no_way_around_for_other_paths_and_methods(proxied: Proxied, suspicious: bytes) -> None:
+    with proxied() as client:
+        for method, path in (("POST", "/Upload"), ("POST", "//upload"), ("POST", "/x/../upload"), ("GET", "/upload")):
+            connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port or 0, timeout=20)
+            connection.request(method, path, suspicious, {"Content-Type": "image/png"})
+            answer = connection.getresponse()
+            assert (answer.status, json.loads(answer.read())["type"]) == (422, "/problems/adversarial-suspected"), path
+            connection.close()
+        connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port or 0, timeout=20)
+        connection.request("GET", "/upload/../")  # the app gets the path that nginx looked at
+        assert b"pictures" in connection.getresponse().read()
+        connection.close()
+        assert client.get("/upload").status_code == 404
 
 
 def test_a_form_without_files_passes(proxied: Proxied) -> None:

@@ -83,10 +83,16 @@ _FIELD = 'Content-Disposition: form-data; name="a"'
 @pytest.mark.parametrize(
     ("body", "content_type"),
     [
-        # In each of these Werkzeug 3.1 finds a file a.jpg, and this parser saw none.
+        # In each of these Werkzeug 3.1, Tomcat or PHP may find a file a.jpg, and this parser saw none.
         (_body((_FIELD, b'\n--xyz\nContent-Disposition: form-data; name="b"; filename="a.jpg"\n\nx')), TYPE),
         (_body((f'{_FIELD}; filename="a.jpg"\r\n{_FIELD}', b"x")), TYPE),
         (_body((f'{_FIELD}\nX: y\r\nContent-Disposition: form-data; name="a"; filename="a.jpg"', b"x")), TYPE),
+        (
+            _body(
+                (f"{_FIELD}\r\nContent-Type: multipart/mixed; boundary=in", b'--in\r\nfilename="a.jpg"\r\n\r\nx\r\n--in--')
+            ),
+            TYPE,
+        ),
         (_body((_file(), b"x")), "multipart/form-data; boundary=xyz c"),
         (_body((_file(), b"x")), "multipart/form-data; boundary=xyz:c"),
         (_body((_file(), b"x")), "multipart/form-data; boundary=xyz; boundary=abc"),
@@ -100,6 +106,7 @@ def test_what_frameworks_read_in_different_ways_is_refused(body: bytes, content_
 
 def test_a_file_name_behind_a_quote_that_nobody_closed_is_one() -> None:
     assert _parts(_body(('Content-Disposition: form-data; name=x"; filename=a.jpg; y="', b"x"))) == [b"x"]
+    assert _parts(_body(('Content-Disposition: filename="a.jpg"; name="a"', b"x"))) == [b"x"]
     assert _parts(_body(('Content-Disposition: form-data; name="filename"', b"a text"))) == []
 
 

@@ -16,10 +16,10 @@ from tests.service.support import wait_until
 
 
 @contextmanager
-def served_asgi(app: Any) -> Iterator[str]:
+def served_asgi(app: Any, root_path: str = "") -> Iterator[str]:
     """The URL of an ASGI app under uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", root_path=root_path))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

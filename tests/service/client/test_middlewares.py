@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from service.client import asgi
 from service.client.asgi import TwogateMiddleware as AsgiMiddleware
+from service.client.uploads import Uploads
 from service.client.wsgi import TwogateMiddleware as WsgiMiddleware
 from tests.service.client.serving import assert_refused, free_url, served_asgi, served_wsgi
 from tests.service.support import ThreadServer
@@ -83,6 +87,8 @@ def test_other_paths_and_reading_are_left_alone(guarded: Guarded, suspicious: by
     client = guarded()
     assert client.post("/other", content=suspicious).json() == {"bytes": len(suspicious), "verdict": None}
     assert client.post("/uploads", content=suspicious).status_code == 200
+    told = client.post("/other", content=suspicious, headers={"X-Twogate-Verdict": "clean"}).json()
+    assert told["verdict"] is None
     assert client.get("/upload").json() == {"bytes": 0, "verdict": None}
 
 
@@ -105,6 +111,67 @@ def test_a_verdict_that_the_client_sends_does_not_count(guarded: Guarded) -> Non
 def test_two_boundaries_are_refused(guarded: Guarded, photo: bytes) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=a; boundary=b"}
     assert_refused(guarded().post("/upload", content=b"--b--\r\n", headers=headers), 400)
+
+
+@pytest.mark.parametrize(
+    "said", ["multipart/mixed; boundary=x", "multipart/form-data, boundary=x", "multipart/form-data boundary=x"]
+)
+def test_one_picture_with_a_form_behind_it_is_not_taken_for_a_picture(
+    guarded: Guarded, photo: bytes, suspicious: bytes, said: str
+) -> None:
+    head = b'Content-Disposition: form-data; name="picture"; filename="a.png"'
+    both = photo + b"\r\n--x\r\n" + head + b"\r\n\r\n" + suspicious + b"\r\n--x--\r\n"
+    document = assert_refused(guarded().post("/upload", content=both, headers={"Content-Type": said}), 400)
+    assert document["type"] == "/problems/malformed-request"
+
+
+def test_reading_with_a_body_is_judged(guarded: Guarded, suspicious: bytes) -> None:
+    client = guarded()
+    for method in ("GET", "DELETE", "OPTIONS"):
+        assert_refused(client.request(method, "/upload", content=suspicious), 422)
+
+
+def test_a_path_that_is_no_ascii_is_judged(guarded: Guarded, suspicious: bytes) -> None:
+    assert_refused(guarded(paths=["/téléversement"]).post("/téléversement", content=suspicious), 422)
+
+
+def test_many_slashes_are_one() -> None:
+    uploads = Uploads("http://127.0.0.1:1", paths=["/upload"])
+    for path in ("/upload", "//upload", "///upload//x", "/upload/"):
+        assert uploads.concerns("POST", path, has_body=True)
+    for path in ("/", "/uploads", "/x/upload"):
+        assert not uploads.concerns("POST", path, has_body=True)
+
+
+@pytest.mark.parametrize("where", ["server", "mount"])
+def test_asgi_with_a_root_path(server: ThreadServer, suspicious: bytes, where: str) -> None:
+    app = asgi_app()
+    app.add_middleware(cast(Any, AsgiMiddleware), gate=server.url, paths=["/upload"])
+    whole = FastAPI()
+    whole.mount("/v1", app)
+    root, before, served = ("/api", "", app) if where == "server" else ("", "/v1", whole)
+    with served_asgi(served, root) as url, httpx.Client(base_url=url) as client:
+        assert_refused(client.post(f"{before}/upload", content=suspicious), 422)
+        assert client.post(f"{before}/other", content=suspicious).status_code == 200
+
+
+def test_asgi_a_gate_that_hangs_keeps_nobody_in_a_queue(photo: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "_AT_ONCE", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(6) as pool:
+        app = asgi_app()
+        gate = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        app.add_middleware(cast(Any, AsgiMiddleware), gate=gate, paths=["/upload"], timeout_s=2)
+        with served_asgi(app) as url, httpx.Client(base_url=url, timeout=20) as client:
+
+            def upload(_: int) -> float:
+                started = time.monotonic()
+                assert_refused(client.post("/upload", content=photo), 503)
+                return time.monotonic() - started
+
+            waited = sorted(pool.map(upload, range(6)))
+            assert waited[3] < 1.5  # four were answered at once
+            assert waited[4] > 1.5
+            assert len(list(pool.map(upload, range(2)))) == 2  # and there is room again
 
 
 def test_too_large_with_and_without_a_length(guarded: Guarded, photo: bytes) -> None:
