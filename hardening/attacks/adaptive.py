@@ -3,7 +3,8 @@
 All are one search (`search`) with different directions: projected steps from random starts, where every picture on the way is
 judged as a file would store it, rounded to 8 bits, and the best of each image is kept. Best is first of all "the prediction
 is wrong and the score is not above the threshold", then the margin by which it is wrong. Step sizes follow a schedule that
-does not depend on the number of steps, so more steps or restarts only add candidates: they are never worse on any image.
+does not depend on the number of steps, so more steps only add candidates: they are never worse on any image. Nor are more
+restarts where an attack is one search; several share one generator, and start elsewhere with more.
 
 Losses are margins of logits, log-odds and distances, not probabilities: those have no gradient once they reach 0 or 1.
 

@@ -72,12 +72,15 @@ class _Numbers:
         return [value for r in found if isinstance(r.value, list) for value in r.value]
 
     def cell(self, metric: str, subject: str, task: str, attack: str, epsilon: float = 0.0, *, scale: float = 100) -> str:
-        values = self.values(metric, subject, task, attack, epsilon)
-        if not values:
-            return "-"
-        mean, spread = mean_and_spread(values)
-        digits = 1 if scale == 100 else 3
-        return f"{scale * mean:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if len(values) > 1 else "")
+        return _cell(self.values(metric, subject, task, attack, epsilon), scale)
+
+
+def _cell(values: list[float], scale: float = 100) -> str:
+    if not values:
+        return "-"
+    mean, spread = mean_and_spread(values)
+    digits = 1 if scale == 100 else 3
+    return f"{scale * mean:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if len(values) > 1 else "")
 
 
 def _order(attack: str) -> tuple[int, str]:
@@ -294,7 +297,8 @@ def _knowing(numbers: _Numbers, page: _Page) -> None:
         "Success: of the images that were classified right, those that are now wrong and not flagged (SR at that FPR). White "
         "box: everything known. Grey box: aimed at a bundle that the attacker made by the same code, without our weights. "
         "Targets at 0.05: grey box at most 20 %, white box below 50 %. Two aim at something else: T6 moves the returned "
-        "embedding without being flagged, and is read by kNN accuracy; T9 wants a flag on a picture whose class stays."
+        "embedding without being flagged, and is read by kNN accuracy; T9 wants a flag on a picture whose class stays. Every "
+        "attack: a picture counts where one of them succeeds, as for an attacker who tries them all (older records do not say)."
     )
     header = ["task", "attack", "eps", "images", "robust_acc, %", "kNN accuracy, %", "AUROC", "flagged at 0.05, %"]
     header += ["success at 0.01, %", "success at 0.05, %"]
@@ -318,7 +322,29 @@ def _knowing(numbers: _Numbers, page: _Page) -> None:
                         *(numbers.cell(f"success@{b}", "bundle's calibration", *key) for b in ("0.01", "0.05")),
                     ]
                 )
+        for box in dict.fromkeys(attack.partition(" box ")[0] for attack in boxed):
+            rows += _every_attack(numbers, task, f"{box} box ")
     page.table(header, rows)
+
+
+def _every_attack(numbers: _Numbers, task: str, box: str) -> list[list[str]]:
+    """Rows of the worst case image by image over the attacks of one box, where there are several."""
+    rows = []
+    for epsilon in numbers.epsilons:
+        cells, count = [], 0
+        for budget in ("0.01", "0.05"):
+            by_run: dict[tuple[str, int], list[list[float]]] = {}
+            for record in numbers.records:
+                there = (record.task, record.epsilon, record.subject) == (task, epsilon, "bundle's calibration")
+                if there and record.metric == f"broken@{budget}" and record.attack.startswith(box):
+                    assert isinstance(record.value, list)
+                    by_run.setdefault((record.bundle, record.seed), []).append(record.value)
+            runs = [found for found in by_run.values() if len(found) > 1]
+            cells.append(_cell([sum(map(max, zip(*found, strict=True))) / len(found[0]) for found in runs]))
+            count = max((len(found[0]) for found in runs), default=count)
+        if count:
+            rows.append([task, f"{box}every attack", f"{epsilon:g}", str(count), "-", "-", "-", "-", *cells])
+    return rows
 
 
 def _convergence(numbers: _Numbers, page: _Page) -> None:

@@ -372,6 +372,7 @@ class _Room:
                 if right.any():
                     broken = right & (predicted[GUARDED] != labels) & (p > budget)
                     add(f"success@{budget:g}", name, float(broken.sum() / right.sum()), int(right.sum()))
+                    add(f"broken@{budget:g}", name, [float(one) for one in broken[right]], int(right.sum()))
         return records
 
     def neighbours(self, values: Mapping[str, Tensor], labels: NDArray[np.int64]) -> dict[str, dict[str, float]]:

@@ -27,3 +27,27 @@ def test_each_task_is_plotted_at_the_largest_of_its_own_budgets(tmp_path: Path) 
     assert {file.name for file in tmp_path.glob("*.png")} == {
         f"{plot}-{task}.png" for plot in ("roc", "scores", "epsilon") for task in ("one", "two")
     }
+
+
+def test_who_tries_every_attack_wins_where_one_of_them_does(tmp_path: Path) -> None:
+    def knowing(attack: str, broken: list[float], seed: int = 0) -> list[Record]:
+        share, table = sum(broken) / 4, "bundle's calibration"
+        return [
+            ORIGIN.record("robust_acc", GUARDED, "one", attack, 0.5, 5, 8.0, seed),
+            ORIGIN.record("success@0.05", table, "one", attack, share, 4, 8.0, seed),
+            ORIGIN.record("broken@0.05", table, "one", attack, broken, 4, 8.0, seed),
+        ]
+
+    records = [
+        *measured("one", (8.0,)),
+        *knowing("white box T2", [1, 0, 0, 0]),
+        *knowing("white box T3", [0, 0, 1, 0]),
+        *knowing("white box T2", [1, 0, 0, 0], seed=1),
+        *knowing("white box T3", [1, 0, 0, 0], seed=1),
+        *knowing("grey box T3", [0, 1, 0, 0]),
+    ]
+    write_report(records, tmp_path)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    (row,) = [line for line in lines if "every attack |" in line]  # one attack alone needs no such row
+    assert row.startswith("| one | white box every attack | 8 | 4 |")
+    assert row.endswith("| - | 37.5 ± 17.7 |")
