@@ -298,7 +298,8 @@ def _knowing(numbers: _Numbers, page: _Page) -> None:
         "box: everything known. Grey box: aimed at a bundle that the attacker made by the same code, without our weights. "
         "Targets at 0.05: grey box at most 20 %, white box below 50 %. Two aim at something else: T6 moves the returned "
         "embedding without being flagged, and is read by kNN accuracy; T9 wants a flag on a picture whose class stays. Every "
-        "attack: a picture counts where one of them succeeds, as for an attacker who tries them all (older records do not say)."
+        "attack: a picture counts where one of them succeeds, as for an attacker who tries them all (older records do not "
+        "say)."
     )
     header = ["task", "attack", "eps", "images", "robust_acc, %", "kNN accuracy, %", "AUROC", "flagged at 0.05, %"]
     header += ["success at 0.01, %", "success at 0.05, %"]
