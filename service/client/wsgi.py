@@ -55,11 +55,12 @@ class TwogateMiddleware:
         """The body, or None if it is larger than allowed."""
         limit = self._uploads.max_body_bytes
         source, length = environ["wsgi.input"], environ.get("CONTENT_LENGTH") or ""
-        if length.isdigit() and int(length) > limit:
+        counted = length.isascii() and length.isdigit()
+        if counted and int(length) > limit:
             return None
         # Without a length, only what a server ends by itself may be read.
         ends = bool(environ.get("wsgi.input_terminated"))
-        wanted = int(length) if length.isdigit() else (limit + 1) * ends
+        wanted = int(length) if counted else (limit + 1) * ends
         parts, size = [], 0
         while size < wanted and (part := source.read(min(65536, wanted - size))):
             parts.append(part)

@@ -195,6 +195,7 @@ def test_what_a_stop_left_beside_the_trainings_is_not_counted(tmp_path: Path) ->
     for name, history in (("sentinel", [{"seconds": 2.0}]), ("finetune bmp.checkpoint", [{"seconds": 9.0}])):
         torch.save({"history": history}, tmp_path / "encoders" / f"{name}.pt")
     torch.save({"pgd": torch.zeros(1)}, tmp_path / "encoders" / "sentinel.attacks.pt")
+    torch.save({"key": torch.zeros(1)}, tmp_path / "encoders" / "key bmp.pt")
     assert pipeline._training_seconds(tmp_path) == {"sentinel": 2}
 
 

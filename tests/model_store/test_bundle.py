@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.errors import BundleError
-from model_store.manifest import MANIFEST_FILE, MODEL_FILE, Manifest, parse_manifest
+from model_store.manifest import MANIFEST_FILE, MODEL_FILE, Golden, Manifest, parse_manifest
 from model_store.session import GateSession
 from tests.support.tiny_bundle import make_tiny_bundle, tiny_graph
 
@@ -203,6 +204,18 @@ def test_a_graph_that_answers_differently_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="golden embedding") as refused:
         verify_bundle(other)
     assert refused.value.file == MODEL_FILE
+
+
+@pytest.mark.parametrize("changed", ["embedding", "confidence", "score"])
+@pytest.mark.parametrize("by", [0.01, math.nan])
+def test_every_golden_answer_is_compared(bundle: Path, changed: str, by: float) -> None:
+    images, *answers = manifest_of(bundle).golden.arrays()
+    promised = dict(zip(("embedding", "confidence", "score"), answers, strict=True))
+    scale = max(1.0, float(np.abs(promised[changed]).max()))
+    promised[changed] = promised[changed] + np.float32(by * scale)
+    reseal(bundle, golden=Golden.of(images, **promised))
+    with pytest.raises(BundleError, match=f"golden {changed}: differs"):
+        verify_bundle(bundle)
 
 
 def test_a_graph_that_fails_on_the_golden_images_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

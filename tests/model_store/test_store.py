@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,12 @@ def test_a_failure_keeps_the_versions_that_were_there(tmp_path: Path) -> None:
         (publication.path / "model.onnx").write_bytes(b"half")
         raise RuntimeError
     assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["1"]
+
+
+def test_others_may_read_what_was_published(tmp_path: Path) -> None:
+    """Who hardens is seldom who serves; `mkdtemp` makes folders for their owner alone."""
+    made = make_tiny_bundle(tmp_path)
+    assert stat.S_IMODE(made.stat().st_mode) == 0o755
 
 
 def test_what_was_not_sealed_is_not_published(tmp_path: Path) -> None:

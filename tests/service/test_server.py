@@ -100,7 +100,7 @@ def _refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
 
 def test_told_to_stop_it_drains_and_finishes_what_is_in_flight(tmp_path: Path, tiny: dict[str, Any], photo: bytes) -> None:
     with (
-        process_server(tmp_path / "log", **tiny, drain_delay_s=1.0) as server,
+        process_server(tmp_path / "log", **tiny, drain_delay_s=3.0) as server,
         httpx.Client(base_url=server.url, timeout=10) as client,
     ):
         assert client.get("/health/ready").status_code == 200
@@ -109,14 +109,14 @@ def test_told_to_stop_it_drains_and_finishes_what_is_in_flight(tmp_path: Path, t
         def dribble() -> Any:
             half = len(photo) // 2
             yield photo[:half]
-            time.sleep(1.8)  # beyond the drain delay: it is in flight when the server stops to listen
+            time.sleep(3.8)  # beyond the drain delay: it is in flight when the server stops to listen
             yield photo[half:]
 
         uploading = threading.Thread(target=lambda: slow.append(httpx.post(f"{server.url}/v1/scan", content=dribble())))
         uploading.start()
         time.sleep(0.2)
         server.terminate()
-        wait_until(lambda: client.get("/health/ready").status_code == 503, 1)
+        wait_until(lambda: client.get("/health/ready").status_code == 503, 2)
         assert client.get("/health/ready").json()["state"] == "draining"
         assert client.get("/health/live").status_code == 200
         # Whoever has not heard of it yet, on a new connection, is answered as ever.
@@ -134,3 +134,18 @@ def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, tiny: dict[
         wait_until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
         server.terminate()
         assert server.process.wait(5) == 0
+
+
+def test_whoever_hangs_is_cut_off_when_patience_is_over(tmp_path: Path, tiny: dict[str, Any], photo: bytes) -> None:
+    log = tmp_path / "log"
+    with process_server(log, **tiny, drain_delay_s=0, shutdown_grace_s=1) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+            head = f"POST /v1/scan HTTP/1.1\r\nHost: x\r\nContent-Length: {len(photo)}\r\n\r\n"
+            raw.sendall(head.encode() + photo[: len(photo) // 2])
+            metrics = f"{server.url}/metrics"
+            held = f"twogate_body_bytes_in_flight {len(photo) // 2:.1f}"
+            wait_until(lambda: held in httpx.get(metrics).text)
+            server.terminate()
+            assert raw.recv(65536).startswith(b"HTTP/1.1 503")
+        # The body's own time limit, 20 s, is no reason to stay.
+        assert server.process.wait(15) == 0

@@ -6,28 +6,32 @@ import dataclasses
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from hardening.attacks.target import Target
 from hardening.calibrate import OWN_FOLDER
 from hardening.data import DataError, prepare, prepared_name
 from hardening.encoders import as_input
 from hardening.graph import Graph
+from hardening.measure import suite
 from hardening.measure.evaluate import EvaluationError, attack, evaluate
 from hardening.measure.knowing import AIMED_AT_FPR, HEAD_AWARE, target_of, threshold
 from hardening.measure.oblivious import AttackError
 from hardening.measure.records import Record, RecordsError, read
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import LESS_EFFORT, RETURNED
-from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED, load_task, of_another_class
+from hardening.measure.tasks import GUARDED, SYSTEMS, UNDEFENDED, Task, load_task, of_another_class
 from hardening.recipe import RecipeError, Splits
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
 from model_store.honest import KINDS
-from model_store.manifest import MODEL_FILE
+from model_store.manifest import MODEL_FILE, Manifest
 from model_store.store import publishing
 from tests.conftest import REPOSITORY
 from tests.hardening.conftest import QuietBars
@@ -107,6 +111,50 @@ def test_white_box_is_at_least_as_strong_as_grey(records: list[Record]) -> None:
     white = value(records, "robust_acc", GUARDED, f"white box {HEAD_AWARE}", 40.0)
     assert white <= value(records, "robust_acc", GUARDED, f"grey box {HEAD_AWARE}", 40.0)
     assert white < value(records, "clean_acc", GUARDED, "clean")
+
+
+def test_the_grey_box_knows_the_surrogate_and_its_heads_alone(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each box attacks what it should, and no picture moves by more than epsilon."""
+    aims, reached = [], []
+    aim, real = suite.target_of, suite.attack_knowing
+
+    def aimed(graph: Graph, task: Task, manifest: Manifest, attack: str) -> Target:
+        aims.append((graph, task, manifest))
+        return aim(graph, task, manifest, attack)
+
+    def attacked(attack: str, target: Target, images: NDArray[np.uint8], *rest: Any, **options: Any) -> NDArray[np.uint8]:
+        found = real(attack, target, images, *rest, **options)
+        reached.append(int(np.abs(found.astype(int) - images).max()))
+        return found
+
+    monkeypatch.setattr(suite, "target_of", aimed)
+    monkeypatch.setattr(suite, "attack_knowing", attacked)
+    evaluate(
+        [toy_bundles[0]],
+        {"patterns": task_folder},
+        tmp_path,
+        surrogates=[toy_bundles[1]],
+        size="smoke",
+        attacks=("noise",),
+        adaptive=(HEAD_AWARE,),
+        epsilons=(6.0,),
+        seeds=(0,),
+        command=["twogate", "evaluate"],
+        bars=QuietBars(),
+    )
+    assert reached == [6, 6]
+    assert len(aims) == 2
+    for (graph, task, manifest), place in zip(aims, toy_bundles, strict=True):
+        own = load_bundle(place)
+        assert manifest.digest == own.manifest.digest
+        images = as_input(task.images[:4])
+        torch.testing.assert_close(graph(images, ["embedding"]), Graph(own.model)(images, ["embedding"]))
+        reference, small = Graph(own.model), SIZES["smoke"]
+        heads = load_task("patterns", task_folder, reference, own.manifest, small, tmp_path, "cpu", QuietBars())
+        embedding = graph(images, ["embedding"])["embedding"]
+        torch.testing.assert_close(task.served_logits(embedding), heads.served_logits(embedding))
 
 
 def test_what_an_attacker_aims_at(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:

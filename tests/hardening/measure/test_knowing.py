@@ -28,6 +28,7 @@ def test_large_pictures_are_attacked_few_at_a_time(side: int, largest: int, monk
 
     def attack(target: Target, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
         assert len(images) == len(labels)
+        assert options["epsilon"] == pytest.approx(8 / 255)
         seen.append(len(images))
         return images
 

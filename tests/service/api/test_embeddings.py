@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +204,27 @@ def test_a_time_limit_that_is_no_number_is_refused(client: httpx.Client, photo: 
 def test_time_limits(client: httpx.Client, photo: bytes) -> None:
     assert post_raw(client, photo, headers={"X-Request-Timeout": "9999"}).status_code == 200
     assert_problem(post_raw(client, photo, headers={"X-Request-Timeout": "0.000001"}), 504, "deadline-exceeded")
+
+
+def test_nobody_asks_for_more_time_than_the_server_gives(
+    make_settings: Callable[..., Settings], photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    with (
+        thread_server(make_settings(request_timeout_s=0.5)) as server,
+        httpx.Client(base_url=server.url, timeout=20) as client,
+    ):
+        assert server.gate._engine is not None
+        monkeypatch.setattr(server.gate._engine.batcher, "_compute", lambda _: go.wait(20))
+        try:
+            assert_problem(post_raw(client, photo, headers={"X-Request-Timeout": "9999"}), 504, "deadline-exceeded")
+        finally:
+            go.set()
+
+
+def test_an_operators_limit_holds(make_settings: Callable[..., Settings], photo: bytes) -> None:
+    with (
+        thread_server(make_settings(max_pixels=1000)) as server,
+        httpx.Client(base_url=server.url, timeout=20) as client,
+    ):
+        assert_problem(post_raw(client, photo), 413, "image-too-large")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
+from wsgiref.util import setup_testing_defaults
 
 import httpx
 import pytest
@@ -174,9 +176,43 @@ def test_asgi_a_gate_that_hangs_keeps_nobody_in_a_queue(photo: bytes, monkeypatc
             assert len(list(pool.map(upload, range(2)))) == 2  # and there is room again
 
 
-def test_too_large_with_and_without_a_length(guarded: Guarded, photo: bytes) -> None:
+def test_too_large(guarded: Guarded, photo: bytes) -> None:
     client = guarded(max_body_bytes=1000)
     assert assert_refused(client.post("/upload", content=photo), 413)["limit"] == 1000
+
+
+def test_wsgi_bodies_without_a_length(server: ThreadServer, photo: bytes) -> None:
+    """As servers hand them over that undo the chunks and end the body themselves, gunicorn for one."""
+    seen: dict[str, Any] = {}
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        seen.update(environ)
+        start_response("200 OK", [])
+        return [environ["wsgi.input"].read()]
+
+    def put(body: bytes, **more: Any) -> tuple[str, bytes]:
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": "POST",
+            "PATH_INFO": "/upload",
+            "wsgi.input": io.BytesIO(body),
+            **more,
+        }
+        setup_testing_defaults(environ)
+        answers: list[str] = []
+        answer = WsgiMiddleware(app, gate=server.url, paths=["/upload"], max_body_bytes=len(photo))(
+            environ, lambda status, headers: answers.append(status)
+        )
+        return answers[0], b"".join(answer)
+
+    chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    assert put(photo, **chunked) == ("200 OK", photo)
+    assert (seen["CONTENT_LENGTH"], seen["HTTP_X_TWOGATE_VERDICT"]) == (str(len(photo)), "clean")
+    assert "HTTP_TRANSFER_ENCODING" not in seen
+    assert put(photo + b"x", **chunked)[0].startswith("413")
+    # A server that does not end it would wait for ever: nothing is read, and nothing arrives.
+    assert put(photo)[1] == b""
+    # What is no number of the protocol is none here.
+    assert put(photo, CONTENT_LENGTH="\xb2", **chunked) == ("200 OK", photo)
 
 
 @pytest.mark.parametrize("policy", ["refuse", "pass"])
