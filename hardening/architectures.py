@@ -91,7 +91,7 @@ _OWN = {
 
 
 def create(name: str, *, pretrained: bool = False) -> nn.Module:
-    """Build a network without a classifier: images [N, 3, H, W] -> features [N, `num_features`].
+    """Build a network without a classifier: images [N, 3, H, W] -> features [N, d].
 
     RecipeError with the nearest names where there is none of this name. `pretrained` lets timm download its weights.
     """
@@ -99,9 +99,11 @@ def create(name: str, *, pretrained: bool = False) -> nn.Module:
         if pretrained:
             raise RecipeError(f"{name} is no timm architecture: timm has no weights for it")
         return _OWN[name]()
-    known = timm.list_models(name)
-    if name not in known:
+    if not timm.is_model(name):
         close = difflib.get_close_matches(name, [*_OWN, *timm.list_models()], n=3)
         raise RecipeError(f"there is no architecture {name!r}; near are {', '.join(close) or 'none'}")
     with torch.random.fork_rng(devices=[]):
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)  # type: ignore[no-any-return]
+        try:
+            return timm.create_model(name, pretrained=pretrained, num_classes=0)  # type: ignore[no-any-return]
+        except RuntimeError as error:  # a tag of weights that there is not, or none at all
+            raise RecipeError(f"timm has no weights for {name!r}: {error}") from None

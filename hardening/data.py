@@ -22,7 +22,7 @@ from hardening.files import write_atomically
 from hardening.progress import Bars
 from hardening.recipe import RecipeError, Splits
 from model_store.errors import ImageError, TwogateError
-from model_store.folder import files_below
+from model_store.folder import MAX_FILE_BYTES, files_below
 from model_store.pixels import PixelRule, decode, decode_small
 
 UNLABELLED = -1
@@ -130,7 +130,10 @@ def prepare(
         index = _decode_all(root, groups, rule, array_file, bars)
         index["listing"] = listing
         index["classes"] = classes
-        index["splits"] = _draw(index["groups"], index["labels"], splits, seed)
+        copies = _copies(index["files"], index["groups"])
+        if copies:
+            bars.say(f"{len(copies)} files are copies of others, byte by byte, and left out: an image is in one split, once")
+        index["splits"] = _draw(index["groups"], index["labels"], copies, splits, seed)
         _require(index, least)  # before it is written, so that the same folder with more images is not another one
         write_atomically(index_file, json.dumps(index).encode())
     labels = np.asarray(index["labels"], dtype=np.int64)
@@ -153,12 +156,19 @@ def _require(index: Mapping[str, Any], least: Mapping[str, int] | None) -> None:
     splits, labels = index["splits"], np.asarray(index["labels"])
     for name, wanted in (_MIN_PER_SPLIT if least is None else least).items():
         if len(splits[name]) < wanted:
-            raise DataError(f"the split `{name}` has {len(splits[name])} images and needs {wanted}: bring more images")
+            raise DataError(f"the split `{name}` has {len(splits[name])} images and needs {wanted}: {_remedy(name)}")
     for name, wanted in _MIN_PER_CLASS.items() if least is None else ():
         counts = np.bincount(labels[splits[name]], minlength=len(index["classes"])) if index["classes"] else ()
         for category, count in zip(index["classes"], counts, strict=True):
             if count < wanted:
                 raise DataError(f"the split `{name}` has {count} images of {category} and needs {wanted}: bring more images")
+
+
+def _remedy(split: str) -> str:
+    if split == "test":
+        return "bring more images"
+    more = ", or add a folder calibration/" if split == "calibration" else ""
+    return f"bring more images, or raise splits.{split}{more}"
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:
@@ -183,6 +193,10 @@ def _scan(root: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
 
     classes: list[str] = []
     found: list[tuple[str, str, int]] = []
+    for group in ("train", "test", "calibration"):
+        for entry in shown(root / group) if (root / group).is_dir() else ():
+            if entry.is_symlink() and entry.is_dir():
+                raise DataError(f"{entry} is a link to a folder, and those are not followed: put the folder itself there")
     if (root / "train").is_dir():
         classes = [p.name for p in shown(root / "train") if p.is_dir()]
         if len(classes) < 2:
@@ -211,16 +225,22 @@ def _decode_all(
     root: Path, groups: Sequence[tuple[str, str, int]], rule: PixelRule, target: Path, bars: Bars
 ) -> dict[str, Any]:
     def one(path: str) -> tuple[str, NDArray[np.uint8] | str]:
-        data = (root / path).read_bytes()
         try:
+            if (root / path).stat().st_size > MAX_FILE_BYTES:
+                return "", f"is larger than {MAX_FILE_BYTES // 2**20} MiB"
+            data = (root / path).read_bytes()
             return hashlib.sha256(data).hexdigest(), decode(data, rule)
+        except OSError as error:
+            return "", f"cannot be read ({error.strerror})"
         except ImageError as error:
             return "", str(error)
 
     partial = target.with_suffix(".partial.npy")
     array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(groups), rule.height, rule.width, 3))
+    with partial.open("rb+") as file:  # a full disk is said now: written through the map, it would end the process
+        os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
     total = hashlib.sha256()
-    kept: list[tuple[str, str, int]] = []
+    kept: list[tuple[str, str, int, str]] = []
     skipped: list[tuple[str, str]] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool, bars.task("decode images", len(groups)) as task:
         for (group, path, label), (digest, result) in zip(groups, pool.map(one, [g[1] for g in groups]), strict=True):
@@ -229,26 +249,41 @@ def _decode_all(
             else:
                 array[len(kept)] = result
                 total.update(digest.encode())
-                kept.append((group, path, label))
+                kept.append((group, path, label, digest))
             task.advance()
     array.flush()
     if len(skipped) > len(groups) / 10:
         path, reason = skipped[0]
+        partial.unlink()
         raise DataError(f"{len(skipped)} of {len(groups)} files are no usable images; the first is {path}: {reason}")
     for path, reason in skipped:
         bars.say(f"skipped {path}: {reason}")
     partial.replace(target)
     return {
-        "groups": [g for g, _, _ in kept],
-        "paths": [p for _, p, _ in kept],
-        "labels": [y for _, _, y in kept],
+        "groups": [g for g, _, _, _ in kept],
+        "paths": [p for _, p, _, _ in kept],
+        "labels": [y for _, _, y, _ in kept],
+        "files": [d for _, _, _, d in kept],
         "skipped": skipped,
         "digest": total.hexdigest(),
     }
 
 
-def _draw(groups: Sequence[str], labels: Sequence[int], shares: Splits, seed: int) -> dict[str, list[int]]:
-    """Divide the images of each class among the splits, by the seed alone."""
+def _copies(files: Sequence[str], groups: Sequence[str]) -> set[int]:
+    """Indices of the images whose file, by sha256, is there before: one in `test/` before `calibration/`, and that before
+    `train/`, so that neither what is judged nor what judges was trained on."""
+    order = sorted(range(len(files)), key=lambda index: (("test", "calibration", "train").index(groups[index]), index))
+    seen: set[str] = set()
+    copies = set()
+    for index in order:
+        if files[index] in seen:
+            copies.add(index)
+        seen.add(files[index])
+    return copies
+
+
+def _draw(groups: Sequence[str], labels: Sequence[int], copies: set[int], shares: Splits, seed: int) -> dict[str, list[int]]:
+    """Divide the images of each class among the splits, by the seed alone; then leave the copies out."""
     rng = np.random.default_rng(seed)
     group, label = np.asarray(groups), np.asarray(labels)
     result: dict[str, list[int]] = {name: [] for name in (*SPLITS, "unused")}
@@ -269,4 +304,4 @@ def _draw(groups: Sequence[str], labels: Sequence[int], shares: Splits, seed: in
             result[name].extend(part.tolist())
     if not result["local"]:
         raise RecipeError("splits.local leaves no images to tune on")
-    return {name: sorted(result[name]) for name in SPLITS}
+    return {name: sorted(set(result[name]) - copies) for name in SPLITS}

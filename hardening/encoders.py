@@ -47,6 +47,8 @@ _RE_SAVE = (
     'torch.save(torch.load(FILE, weights_only=False)["state_dict"], "state_dict.pth")'
 )
 _FOLD_TOLERANCE = 1e-3
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's."""
 
 
 class EncoderError(TwogateError):
@@ -77,7 +79,8 @@ class Encoder(nn.Module):
         self.register_buffer("key", key)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-        self.dim = int(network.num_features)  # type: ignore[arg-type]
+        # timm's networks with a layer between the last map and the classifier answer with that layer's.
+        self.dim = int(getattr(network, "head_hidden_size", None) or network.num_features)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] -> features [N, dim]."""
@@ -147,7 +150,9 @@ def build(spec: EncoderSpec, seed: int, say: Callable[[str], None] | None = None
         network.load_state_dict(taken, strict=True)
         if aside and say is not None:
             say(f"{spec.weights}: {_listed('left aside', aside).strip()}")
-    return Encoder(network, spec.mean, spec.std, key).eval()
+    own: Mapping[str, Any] = network.pretrained_cfg if spec.weights == "timm" else {}  # type: ignore[assignment]
+    mean, std = spec.mean or own.get("mean", _MEAN), spec.std or own.get("std", _STD)
+    return Encoder(network, mean, std, key).eval()
 
 
 def find_weights(source: str) -> Path:

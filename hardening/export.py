@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from hardening.compact import store_int8
 from hardening.gate import Gate
 from model_store.errors import TwogateError
 from model_store.manifest import Golden
 from model_store.pixels import PixelRule
+from model_store.session import OUTPUTS
 
 OPSET = 18
 EMBEDDING_TOLERANCE = 1e-4
@@ -28,22 +31,7 @@ class ParityError(TwogateError):
 
 def export(gate: Gate, sample: NDArray[np.uint8]) -> bytes:
     """Export a gate to a self-contained ONNX model; `sample` [N, H, W, 3] uint8, N >= 2, traces it."""
-    gate.to("cpu").eval()
-    with warnings.catch_warnings():
-        # The exporter warns about its own future; nothing in it concerns the graph.
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            gate,
-            (torch.as_tensor(np.ascontiguousarray(sample)),),
-            input_names=["images"],
-            output_names=["embedding", "confidence", "score"],
-            dynamic_shapes={"images": {0: torch.export.Dim("N")}},
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    model: onnx.ModelProto = program.model_proto
+    model = to_onnx(gate.to("cpu").eval(), sample, OUTPUTS)
     store_int8(model)
     for node in model.graph.node:
         # Stack traces of the exporter: paths of the machine that it ran on.
@@ -54,6 +42,25 @@ def export(gate: Gate, sample: NDArray[np.uint8]) -> bytes:
     del model.metadata_props[:]
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
+
+
+def to_onnx(module: nn.Module, sample: NDArray[np.uint8], outputs: Sequence[str]) -> onnx.ModelProto:
+    """A module on the CPU, uint8 images [N, H, W, 3] -> `outputs`, as a graph whose input is called `images`."""
+    with warnings.catch_warnings():
+        # The exporter warns about its own future; nothing in it concerns the graph.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (torch.as_tensor(np.ascontiguousarray(sample)),),
+            input_names=["images"],
+            output_names=list(outputs),
+            dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
 
 
 def check_parity(gate: Gate, model: bytes, images: NDArray[np.uint8]) -> dict[str, float]:
@@ -68,8 +75,9 @@ def check_parity(gate: Gate, model: bytes, images: NDArray[np.uint8]) -> dict[st
         with torch.no_grad():
             expected = [output.numpy() for output in gate(torch.as_tensor(batch))]
         for name, want, got in zip(worst, expected, session.run(list(worst), {"images": batch}), strict=True):
-            worst[name] = max(worst[name], float(np.abs(want - got).max()))
-    if worst["embedding"] > EMBEDDING_TOLERANCE or max(worst["confidence"], worst["score"]) > SCORE_TOLERANCE:
+            # Not Python's `max`, which passes over what is no number.
+            worst[name] = float(np.maximum(worst[name], np.abs(want - got).max()))
+    if not (worst["embedding"] <= EMBEDDING_TOLERANCE and np.max([worst["confidence"], worst["score"]]) <= SCORE_TOLERANCE):
         raise ParityError(f"the ONNX graph differs from torch: {worst}")
     return worst
 

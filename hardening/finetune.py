@@ -73,7 +73,7 @@ def finetune(
 
     Without labels (all -1) the attack maximises the distance of the features instead of the cross-entropy, and only the
     regularisers teach. The epoch with the best mean of clean and attacked validation accuracy is kept; without labels,
-    that of the smallest validation loss. Resumes from `folder`.
+    that of the smallest validation loss. Without labels and with `epsilon: 0` it stays as it is. Resumes from `folder`.
     """
     done = folder / f"{job}.pt"
     tuned = copy.deepcopy(encoder)
@@ -87,6 +87,10 @@ def finetune(
         return tuned.cpu().eval(), saved["history"]
 
     labelled = bool((train[1] >= 0).all())
+    if not labelled and recipe.epsilon == 0 and recipe.epochs:
+        # Every term of the loss is 0 at the start, and Adam would make whole steps of its rounding errors.
+        bars.say(f"{job}: without labels and without an epsilon there is nothing to learn; the encoder stays as it is")
+        recipe = recipe.model_copy(update={"epochs": 0})
     found = features(public, train[0], device=device)
     centre, scale = found.mean(dim=0), found.std(dim=0)
     scale = scale.clamp_min(0.1 * scale.mean()).clamp_min(1e-6)

@@ -292,6 +292,25 @@ def _max_pool(arguments: list[Any], attributes: dict[str, Any]) -> Tensor:
     return F.max_pool2d(padded, kernel, attributes.get("strides", (1, 1)), dilation=attributes.get("dilations", (1, 1)))
 
 
+def _average_pool(arguments: list[Any], attributes: dict[str, Any]) -> Tensor:
+    top, left, bottom, right = attributes.get("pads", (0, 0, 0, 0))
+    if (top, left) != (bottom, right) or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise GraphError("AveragePool with uneven padding or auto_pad cannot be differentiated here")
+    return F.avg_pool2d(
+        arguments[0],
+        attributes["kernel_shape"],
+        attributes.get("strides", (1, 1)),
+        (top, left),
+        bool(attributes.get("ceil_mode")),
+        bool(attributes.get("count_include_pad")),
+    )
+
+
+def _layer_norm(arguments: list[Any], attributes: dict[str, Any]) -> Tensor:
+    x, weight, bias = [*arguments, None][:3]
+    return F.layer_norm(x, x.shape[attributes.get("axis", -1) :], weight, bias, attributes.get("epsilon", 1e-5))
+
+
 def _axes(arguments: list[Any], attributes: dict[str, Any]) -> tuple[int, ...] | None:
     if len(arguments) > 1 and arguments[1] is not None:
         return tuple(arguments[1].tolist())
@@ -424,9 +443,15 @@ _OPERATORS: dict[str, Callable[[list[Any], dict[str, Any]], Any]] = {
     "Abs": _unary(torch.abs),
     "Relu": _unary(F.relu),
     "Sigmoid": _unary(torch.sigmoid),
+    "Tanh": _unary(torch.tanh),
+    "Erf": _unary(torch.erf),
+    "HardSigmoid": lambda a, t: (t.get("alpha", 0.2) * a[0] + t.get("beta", 0.5)).clamp(0, 1),
+    "HardSwish": _unary(F.hardswish),
     "Identity": _unary(lambda x: x),
     "Clip": _clip,
+    "Where": lambda a, _: torch.where(a[0].bool(), a[1], a[2]),
     "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
     "Gemm": _gemm,
     "Softmax": lambda a, t: a[0].softmax(t.get("axis", -1)),
     "Cast": lambda a, t: a[0] if a[0].is_floating_point() and t["to"] == onnx.TensorProto.FLOAT else a[0].to(_TYPES[t["to"]]),
@@ -450,6 +475,7 @@ _OPERATORS: dict[str, Callable[[list[Any], dict[str, Any]], Any]] = {
     "ReduceMin": _reducer(lambda x, dims, keep: x.amin(dims, keepdim=keep)),
     "ReduceL2": _reducer(lambda x, dims, keep: torch.linalg.vector_norm(x, dim=dims, keepdim=keep)),
     "MaxPool": _max_pool,
+    "AveragePool": _average_pool,
     "GlobalAveragePool": _unary(lambda x: x.mean((2, 3), keepdim=True)),
 }
 

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -38,11 +39,12 @@ from hardening.measure.rivals import PAPER
 from hardening.measure.sizes import SIZES
 from hardening.measure.suite import Plan, craft_perturbations, measure_task
 from hardening.measure.tasks import attackers_images
+from hardening.preflight import check_encoders
 from hardening.pretrain import pretrain
 from hardening.process import check_device, prepare_process
 from hardening.progress import Bars
 from hardening.provenance import commit
-from hardening.recipe import Recipe, RecipeError, load_recipe
+from hardening.recipe import ROLES, EncoderSpec, Finetune, Recipe, RecipeError, load_recipe
 from hardening.sentinel import train_sentinel
 from hardening.workers import Job, run_jobs
 from model_store.bundle import Bundle, load_bundle, verify_bundle
@@ -50,9 +52,9 @@ from model_store.errors import TwogateError
 from model_store.manifest import MODEL_FILE, Branch, Detector, Manifest
 from model_store.store import publishing, resolve, versions
 
-ROLES = ("auxiliary", "victim", "bmp")
 _LIBRARIES = ("torch", "timm", "lightly", "scikit-learn", "onnx", "onnxruntime", "numpy", "pillow")
 _USUAL_BUDGET = 0.01
+_LEAST_TO_PRETRAIN = 16
 _SIZE = "small"
 """How hard the attacks of the card try; `twogate evaluate` has others."""
 
@@ -87,6 +89,8 @@ def harden(
                 shown.say(f"this run has already published {place}; a new run directory starts anew")
                 return place
         _try_store(store, recipe.name)
+        if not any((run / "encoders").glob("*.pt")):
+            check_encoders(recipe, shown)
         return _run(recipe, data_root, store, run, finished, device, shown)
 
 
@@ -108,6 +112,15 @@ def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, finished: Path
     bars.say(f"data: {', '.join(f'{len(indices)} {name}' for name, indices in dataset.splits.items() if len(indices))}")
     if recipe.detector == PaperDetector.name and not dataset.labelled:
         raise RecipeError("the detector `paper` reads classifier heads and needs labelled images, train/<class>/*")
+    for role in ROLES:
+        spec: EncoderSpec = getattr(recipe, role)
+        if spec.pretrain and len(dataset.splits[spec.pretrain.split]) < _LEAST_TO_PRETRAIN:
+            raise RecipeError(
+                f"{role}.pretrain has {len(dataset.splits[spec.pretrain.split])} images and needs {_LEAST_TO_PRETRAIN}: "
+                f"raise splits.{spec.pretrain.split}"
+            )
+        if spec.pretrain and spec.pretrain.method in ("supcon", "supervised") and not dataset.labelled:
+            raise RecipeError(f"{role}.pretrain: {spec.pretrain.method} needs labelled images, train/<class>/*")
     staged = run / "staged"
     if not versions(staged, recipe.name):
         _stage(recipe, data_root, dataset, staged, run, device, bars)
@@ -282,9 +295,9 @@ def _measured(bundle: Bundle, recipe: Recipe, dataset: data.Dataset, run: Path, 
 def _branches(recipe: Recipe, gate: Gate) -> tuple[Branch, ...]:
     dims = gate.dims()
     described = {
-        MPAE[0]: f"the public victim ({recipe.victim.architecture}), adversarially fine-tuned",
-        MPAE[1]: f"a second public encoder ({recipe.auxiliary.architecture}), adversarially fine-tuned",
-        BMP: f"an encoder ({recipe.bmp.architecture}) that knows local images only, {_bmp_training(recipe)}",
+        MPAE[0]: f"the public victim ({recipe.victim.architecture}), {_tuning(recipe.finetune)}",
+        MPAE[1]: f"a second encoder {_origin(recipe.auxiliary)}, {_tuning(recipe.finetune)}",
+        BMP: f"an encoder {_origin(recipe.bmp)}, {_tuning(recipe.bmp_finetune)}",
         TRIPWIRE: f"the public victim ({recipe.victim.architecture}) as it was; watched, not part of the embedding",
         SENTINEL: "a small network that was trained on local images to see perturbations; not part of the embedding",
     }
@@ -301,9 +314,19 @@ def _branches(recipe: Recipe, gate: Gate) -> tuple[Branch, ...]:
     )
 
 
-def _bmp_training(recipe: Recipe) -> str:
-    epsilon = recipe.bmp_finetune.epsilon if recipe.bmp_finetune.epochs else 0
-    return f"adversarially fine-tuned too (epsilon {epsilon:g})" if epsilon else "and only clean ones"
+def _origin(spec: EncoderSpec) -> str:
+    """Where an encoder began: whether others can have its like is what an attack on it depends on."""
+    if spec.pretrain is None:
+        return f"({spec.architecture}) of public weights"
+    began = "" if spec.weights is None else "of public weights, then "
+    images = "local images only" if spec.pretrain.split == "local" else "the split `public`"
+    return f"({spec.architecture}) {began}pre-trained on {images}"
+
+
+def _tuning(recipe: Finetune) -> str:
+    if not recipe.epochs:
+        return "as it was"
+    return f"adversarially fine-tuned (epsilon {recipe.epsilon:g})" if recipe.epsilon else "fine-tuned on clean local images"
 
 
 def _training_seconds(run: Path) -> dict[str, int]:
@@ -347,10 +370,14 @@ def _owned(run: Path, recipe: Recipe, data_root: Path) -> Iterator[None]:
         files = json.loads(file.read_text(encoding="utf-8")).get("weights") if ended else _weights(recipe)
         parts = {"recipe": recipe.model_dump(mode="json"), "data": str(data_root.resolve()), "weights": files}
         identity = json.dumps(parts, indent=1)
+        if file.exists() and file.read_text(encoding="utf-8") != identity:
+            if ended or any((run / "encoders").glob("*.pt")):
+                raise RunError(
+                    f"{run} belongs to another recipe, data folder or weights file; choose another with --run, or remove it"
+                )
+            # Nothing was trained yet: a mistake has been mended, and what was decoded may have been cut otherwise.
+            shutil.rmtree(run / "data", ignore_errors=True)
+            file.unlink()
         if not file.exists():
             write_atomically(file, identity.encode())
-        elif file.read_text(encoding="utf-8") != identity:
-            raise RunError(
-                f"{run} belongs to another recipe, data folder or weights file; choose another one with --run, or remove it"
-            )
         yield

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from model_store.errors import TwogateError
 from model_store.pixels import PixelRule
 
 PACKAGE_PREFIX = "package:"
+ROLES = ("auxiliary", "victim", "bmp")
 KEY_BLOCK = 4
 """Side in pixels of the blocks that a keyed encoder scrambles."""
 SSLMethod = Literal["simclr", "moco", "nnclr", "byol", "swav", "vicreg", "barlowtwins", "supcon", "supervised"]
@@ -23,7 +25,7 @@ class RecipeError(TwogateError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Splits(_Part):
@@ -65,8 +67,11 @@ class EncoderSpec(_Part):
         description="how the file's keys meet the architecture's: by name (solo-learn's `backbone.` is removed), or one "
         "after the other where names differ but order and shapes agree",
     )
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] | None = Field(
+        default=None,
+        description="of the normalisation that the weights want; timm's own for `weights: timm`, else ImageNet's",
+    )
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     pretrain: Pretrain | None = None
     keyed: bool = Field(
         default=False,
@@ -139,7 +144,7 @@ class Recipe(_Part):
     description: str = ""
     data_licence: str = Field(default="not stated", description="of the images; goes into the card")
     weights_licence: str = Field(default="not stated", description="of the public weights; goes into the card")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     pixels: PixelRule
     splits: Splits = Splits()
     victim: EncoderSpec = Field(description="the public encoder whose applications are to be protected")
@@ -172,10 +177,23 @@ class Recipe(_Part):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings say each key once: of two, PyYAML keeps the later without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """See the class."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"`{key.value}` stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe. RecipeError says which key or value is wrong, and which key was probably meant."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

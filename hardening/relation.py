@@ -15,7 +15,8 @@ def feature_relation(adversarial: Tensor, benign: Tensor) -> Tensor:
     `adversarial` and `benign` are features [N, d] of the same N images; `benign` is the target and carries no gradient.
     Each image's distances to the others, less the distance to the nearest (so that crowded regions do not dominate), are
     scaled to sum to 1; the loss is the binary cross-entropy gap between the two tables. The paper's brackets differ
-    between numerator and denominator; here the nearest neighbour's term is subtracted alike in both. A mean over rows
+    between numerator and denominator; here the nearest neighbour's term is subtracted alike in both, from 1 - cos where the
+    paper has 2 - cos, so that the nearest has no share and the farthest the largest. A mean over rows
     instead of the published sum over all pairs: the sum grows with the square of the batch, the mean does not grow.
     """
     return _binary_kl(_shares(benign.detach()), _shares(adversarial))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from hardening.data import DataError, Dataset, batches, prepare, prepared_name, spread
 from hardening.recipe import Splits
 from model_store.bundle import load_bundle
+from model_store.folder import MAX_FILE_BYTES
 from model_store.pixels import PixelRule, decode
 from service.engine.local import LocalGate
 from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
@@ -211,13 +213,69 @@ def test_many_broken_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "root" / "broken13.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"14 of 135 files are no usable images; the first is broken0.jpg: "):
         read(tmp_path / "root", tmp_path / "other")
-    assert not (tmp_path / "other" / "index.json").exists()
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_file_that_cannot_be_read_or_is_no_photograph_by_its_size_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_patterns(tmp_path / "root", train=24, test=5)
+    video = root / "train" / "class0" / "video.png"
+    with video.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    locked = root / "train" / "class1" / "0003.png"
+    real = Path.read_bytes
+
+    def refusing(path: Path) -> bytes:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        assert path != video
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    dataset = read(root, tmp_path / "data")
+    assert {Path(path).name: reason for path, reason in dataset.skipped} == {
+        "video.png": "is larger than 100 MiB",
+        "0003.png": "cannot be read (Permission denied)",
+    }
+
+
+def test_an_image_is_in_one_split_and_once(tmp_path: Path, bars: QuietBars) -> None:
+    """Copies on both sides of a line would make what is judged known to what judges."""
+    root = write_patterns(tmp_path / "root", train=24, test=5)
+    (root / "calibration").mkdir()
+    write_pictures(root / "calibration", patterns(10, seed=9)[0])
+    alone = read(root, tmp_path / "alone")
+    train, calibration = (sorted((root / folder).rglob("*.png")) for folder in ("train/class0", "calibration"))
+    for number, (source, folder) in enumerate(
+        [(train[0], "train/class0"), (train[1], "calibration"), (train[2], "test/class0"), (calibration[0], "calibration")]
+    ):
+        shutil.copy(source, root / folder / f"z{number}.png")
+    dataset = read(root, tmp_path / "data", bars=bars)
+    assert any("4 files are copies of others" in line for line in bars.said)
+    used = [dataset.paths[index] for index in all_indices(dataset)]
+    contents = [(root / path).read_bytes() for path in used]
+    assert len(set(contents)) == len(contents) == len(all_indices(alone))
+    # What is judged keeps its copy, and training loses it.
+    assert {"calibration/z1.png", "test/class0/z2.png"} <= set(used)
+    assert not {"train/class0/0001.png", "train/class0/0002.png", "train/class0/z0.png", "calibration/z3.png"} & set(used)
+
+
+def test_a_link_to_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    root = write_patterns(tmp_path / "root", train=24, test=5)
+    (tmp_path / "elsewhere").mkdir()
+    (root / "train" / "bird").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"train/bird is a link to a folder, and those are not followed"):
+        read(root, tmp_path / "data")
 
 
 def test_too_few_images(tmp_path: Path) -> None:
     root = write_patterns(tmp_path / "root", train=6, test=5)
-    with pytest.raises(DataError, match=r"the split `local` has \d+ images and needs 16: bring more images"):
+    with pytest.raises(DataError, match=r"`local` has \d+ images and needs 16: bring more images, or raise splits\.local$"):
         read(root, tmp_path / "data")
+    root = write_patterns(tmp_path / "more", train=24, test=5)
+    with pytest.raises(DataError, match=r"`calibration` has 0 .*, or raise splits\.calibration, or add a folder"):
+        read(root, tmp_path / "other", splits=SPLITS.model_copy(update={"calibration": 0.0}))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,10 @@ def test_parity_is_measured_and_refused_beyond_the_tolerance(
         next(p for p in other.views.encoders["bmp"].parameters() if p.dim() == 4).mul_(1.01)
     with pytest.raises(ParityError, match="differs from torch"):
         check_parity(other, model, images[:7])
+    with torch.no_grad():
+        next(p for p in other.views.encoders["bmp"].parameters() if p.dim() == 4).fill_(torch.nan)
+    with pytest.raises(ParityError, match="differs from torch"):
+        check_parity(other, model, images[:7])
 
 
 def test_neighbours_in_a_batch_do_not_change_an_answer(session: ort.InferenceSession, images: NDArray[np.uint8]) -> None:

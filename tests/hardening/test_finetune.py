@@ -183,6 +183,16 @@ def test_without_labels_the_features_learn_to_stay(
     assert accuracy(tuned, train, test) > 0.8
 
 
+def test_without_labels_and_epsilon_the_encoder_stays(
+    toy_encoder: Encoder, train: Split, validation: Split, tmp_path: Path
+) -> None:
+    """Nothing pulls, and an optimiser that scales what it is given would make steps of rounding errors."""
+    recipe = RECIPE.model_copy(update={"epsilon": 0.0, "learning_rate": 1e-2})
+    tuned, history = tune(toy_encoder, unlabelled(train), unlabelled(validation), tmp_path, recipe)
+    assert history == []
+    torch.testing.assert_close(features(tuned, train[0][:8]), features(toy_encoder, train[0][:8]))
+
+
 def test_the_switches_reach_the_loss(toy_encoder: Encoder, train: Split, validation: Split, tmp_path: Path) -> None:
     base = RECIPE.model_copy(update={"epochs": 1, "steps": 1})
     changes: list[dict[str, object]] = [

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE
 from hardening.calibrate import Calibrated, assemble, calibrate
@@ -207,6 +207,59 @@ def test_max_pooling_answers_as_onnx_runtime(pads: tuple[int, ...]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 9, 10, 3), dtype=np.uint8)
     (expected,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(["score"], {"images": images})
     np.testing.assert_allclose(run_torch(Graph(model), images, ("score",))["score"].numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes"),
+    [
+        ("Erf", {}),
+        ("Tanh", {}),
+        ("HardSigmoid", {}),
+        ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
+        ("HardSwish", {}),
+        ("LayerNormalization", {"axis": -1, "epsilon": 1e-6}),
+        ("AveragePool", {"kernel_shape": (2, 2), "strides": (2, 2)}),
+        ("AveragePool", {"kernel_shape": (3, 3), "strides": (2, 2), "pads": (1, 1, 1, 1)}),
+        ("AveragePool", {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1), "count_include_pad": 1}),
+        ("AveragePool", {"kernel_shape": (2, 2), "strides": (2, 2), "ceil_mode": 1}),
+        ("Where", {}),
+    ],
+)
+def test_operators_of_other_families_answer_as_onnx_runtime(operator: str, attributes: dict[str, Any]) -> None:
+    """On both sides of zero, and beyond where hard activations bend."""
+    rng = np.random.default_rng(0)
+    extra = {
+        "LayerNormalization": [rng.normal(size=9).astype(np.float32), rng.normal(size=9).astype(np.float32)],
+        "Where": [np.full((3, 1, 9), -2.0, np.float32)],
+    }.get(operator, [])
+    constants = [numpy_helper.from_array(value, f"c{n}") for n, value in enumerate(extra)]
+    names = [constant.name for constant in constants]
+    inputs = ["positive", "x", *names] if operator == "Where" else ["x", *names]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["numbers"], ["planes"], perm=(0, 3, 1, 2)),
+        helper.make_node("Mul", ["planes", "scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "shift"], ["x"]),
+        helper.make_node("Relu", ["x"], ["above"]),
+        helper.make_node("Cast", ["above"], ["positive"], to=TensorProto.BOOL),
+        helper.make_node(operator, inputs, ["score"], **attributes),
+    ]
+    constants += [numpy_helper.from_array(np.float32(v), n) for n, v in (("scale", 10 / 255), ("shift", -5.0))]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "operator",
+            [helper.make_tensor_value_info("images", TensorProto.UINT8, ("N", 9, 9, 3))],
+            [helper.make_tensor_value_info("score", TensorProto.FLOAT, None)],
+            constants,
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
+    pictures = rng.integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
+    (expected,) = ort.InferenceSession(model.SerializeToString()).run(["score"], {"images": pictures})
+    found = Graph(model.SerializeToString())(as_input(pictures), ["score"])["score"]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-4)
 
 
 def test_unknown_branch_says_what_there_is(model: bytes) -> None:

@@ -25,7 +25,7 @@ from hardening.measure.oblivious import AttackError
 from hardening.measure.records import read
 from hardening.measure.suite import Plan
 from hardening.pipeline import RunError, harden
-from hardening.recipe import RecipeError, load_recipe
+from hardening.recipe import EncoderSpec, Finetune, Pretrain, RecipeError, load_recipe
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.store import versions
 from tests.conftest import REPOSITORY
@@ -176,6 +176,58 @@ def test_a_run_of_another_recipe_or_data_folder_is_refused(killed: Killed, tmp_p
         again(killed, data_root=tmp_path)
     # The same recipe in another file is the same recipe.
     assert again(killed, recipe_path=write_recipe(tmp_path / "same.yaml")).samefile(killed.bundle)
+
+
+def test_before_anything_was_trained_a_mended_recipe_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in range(2):
+        recipe = load_recipe(write_recipe(tmp_path / "tiny.yaml", seed=number))
+        with pipeline._owned(run, recipe, tmp_path):
+            assert not (run / "data").exists()
+            (run / "data").mkdir()
+    (run / "encoders").mkdir()
+    (run / "encoders" / "pretrain bmp.checkpoint.pt").touch()
+    with (
+        pytest.raises(RunError, match="another recipe"),
+        pipeline._owned(run, load_recipe(write_recipe(tmp_path / "x")), tmp_path),
+    ):
+        raise AssertionError("owned")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"victim": {"architecture": "vit_tiny_patch16_224", "pretrain": {"method": "simclr"}}},
+            "does not take pictures of 16 x 16",
+        ),
+        (
+            {"bmp": {"architecture": "resnet8_cifr", "pretrain": {"method": "simclr"}}},
+            "there is no architecture 'resnet8_cifr'",
+        ),
+    ],
+)
+def test_an_encoder_that_cannot_be_is_refused_before_any_image_is_read(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", **changes)
+    with pytest.raises(RecipeError, match=said):
+        harden(recipe, tmp_path / "nothing", tmp_path / "store", tmp_path / "run", bars=QuietBars())
+
+
+def test_where_encoders_come_from_is_told_as_it_is() -> None:
+    local, public = Pretrain(method="simclr"), Pretrain(method="simclr", split="public")
+    for weights, pretrain, told in (
+        ("x.pt", None, "of public weights"),
+        (None, local, "pre-trained on local images only"),
+        (None, public, "pre-trained on the split `public`"),
+        ("x.pt", local, "of public weights, then pre-trained on local images only"),
+    ):
+        spec = EncoderSpec(architecture="a", weights=weights, pretrain=pretrain)
+        assert pipeline._origin(spec) == f"(a) {told}"
+    assert pipeline._tuning(Finetune(epsilon=4)) == "adversarially fine-tuned (epsilon 4)"
+    assert pipeline._tuning(Finetune(epsilon=0)) == "fine-tuned on clean local images"
+    assert pipeline._tuning(Finetune(epochs=0)) == "as it was"
 
 
 def test_a_weights_file_that_was_written_over_is_another_encoder(tmp_path: Path) -> None:

@@ -118,3 +118,22 @@ def test_a_key_needs_pre_training_and_whole_blocks(tmp_path: Path) -> None:
 
 def test_a_name_that_cannot_be_a_bundles_name(tmp_path: Path) -> None:
     assert "name:" in refusal(tmp_path, small(name="../x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"finetune": {"learning_rate": float("inf")}}, "finite number"),
+        ({"seed": 2**63}, "less than"),
+        ({"victim": {"architecture": "resnet8_cifar", "weights": "x.pt", "std": [0, 0, 0]}}, "victim.std.0"),
+    ],
+)
+def test_numbers_that_no_training_survives_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    assert said in refusal(tmp_path, small(**change))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, small(finetune={"epochs": 1}))
+    file.write_text(file.read_text() + "\nfinetune: {epochs: 2}\n")
+    with pytest.raises(RecipeError, match="`finetune` stands twice"):
+        load_recipe(file)

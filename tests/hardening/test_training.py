@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hardening.training import run_epochs, seed_everything
+from hardening.training import TrainingError, run_epochs, seed_everything
 
 
 def draws(*parts: object) -> tuple[float, ...]:
@@ -33,6 +34,7 @@ class Training:
         self.optimiser = torch.optim.AdamW(self.layer.parameters(), lr=0.1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: 1 / (step + 1))
         self.fail_at: int | None = None
+        self.spoilt = ""
 
     def epoch(self, number: int, generator: torch.Generator) -> dict[str, float]:
         loss = torch.zeros(())
@@ -45,7 +47,10 @@ class Training:
             self.schedule.step()
             if number == self.fail_at:
                 raise KeyboardInterrupt
-        return {"loss": loss.item()}
+        if self.spoilt == "weights":
+            with torch.no_grad():
+                next(self.layer.parameters()).view(-1)[0] = torch.nan
+        return {"loss": math.inf if self.spoilt == "loss" else loss.item()}
 
     def run(self, checkpoint: Path, epochs: int = 5) -> list[dict[str, float]]:
         parts: dict[str, Any] = {"layer": self.layer, "optimiser": self.optimiser, "schedule": self.schedule}
@@ -84,3 +89,15 @@ def test_only_what_is_missing_is_run(tmp_path: Path) -> None:
 
 def test_records_tell_the_time(tmp_path: Path) -> None:
     assert all(record["seconds"] > 0 for record in Training().run(tmp_path / "x.pt", epochs=1))
+
+
+def test_a_training_that_ran_away_is_said_and_not_saved(tmp_path: Path) -> None:
+    good = Training()
+    good.run(tmp_path / "x.pt", epochs=1)
+    kept = (tmp_path / "x.pt").read_bytes()
+    for spoilt in ("weights", "loss"):
+        training = Training()
+        training.spoilt = spoilt
+        with pytest.raises(TrainingError, match=r"job: in epoch 2 .* a lower learning_rate helps"):
+            training.run(tmp_path / "x.pt", epochs=2)
+        assert (tmp_path / "x.pt").read_bytes() == kept
