@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model_store.calibration import Calibration, is_empty
 from model_store.errors import BundleError
+from model_store.files import read_plain
 from model_store.pixels import PixelRule
 
 MANIFEST_FILE = "manifest.json"
@@ -184,3 +186,8 @@ def parse_manifest(data: bytes) -> Manifest:
     if hashlib.sha256(unsealed).hexdigest() != manifest.digest:
         raise BundleError(MANIFEST_FILE, "its digest does not match its content: it was changed after it was written")
     return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a bundle's folder; raises as `parse_manifest` does."""
+    return parse_manifest(read_plain(folder, MANIFEST_FILE))

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from model_store.errors import BundleError
-from model_store.manifest import MANIFEST_FILE, NAME_PATTERN, Manifest
+from model_store.manifest import MANIFEST_FILE, NAME_PATTERN, Manifest, read_manifest
 
 EMBEDDED_STORE = Path(__file__).parent / "bundles"
 DEFAULT_BUNDLE = "photos"
@@ -38,17 +38,33 @@ def names(store: Path) -> list[str]:
 
 
 def resolve(store: Path, wanted: str) -> Path:
-    """The folder of `name` (its newest version) or `name/version`. BundleError says what there is instead."""
+    """The folder of `name` (its newest version) or `name/version`. BundleError says what there is instead.
+
+    A folder that holds another bundle than its name and number say is refused: all that is made from it, and every answer,
+    would go by another name than the one that was asked for.
+    """
     name, _, version = wanted.partition("/")
     available = [str(number) for number in versions(store, name)]
     if not available:
         there = ", ".join(names(store)) or "nothing"
         raise BundleError(wanted, f"there is no bundle of this name; the store holds {there}")
-    if not version:
-        return store / name / available[-1]
-    if version not in available:
+    if version and version not in available:
         raise BundleError(wanted, f"there is no version {version!r} of {name}; there are {', '.join(available)}")
-    return store / name / version
+    label = f"{name}/{version or available[-1]}"
+    others = [f"{name}/{one}" for one in available[:-1]]
+    hint = f"; that is the highest number, there are also {', '.join(others)}" if others and not version else ""
+    try:
+        manifest = read_manifest(store / label)
+    except BundleError as error:
+        raise BundleError(error.file, f"{error.reason}{hint}", label) from None
+    published = f"{manifest.name}/{manifest.version}"
+    if published != label:
+        raise BundleError(
+            label,
+            f"the folder holds {published}, and a bundle keeps the name and number that it was published under: move it "
+            f"there, or let `twogate bundle import FOLDER` give it the next number{hint}",
+        )
+    return store / label
 
 
 @contextmanager

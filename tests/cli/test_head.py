@@ -81,4 +81,4 @@ def test_a_damaged_bundle_is_refused(twogate: Twogate, own_store: Path, digits: 
     (own_store / "tiny/2/card.md").write_text("changed")
     result = twogate("head", "train", "tiny", "--task", "d", "--data", digits, "--store", own_store)
     assert result.exit_code == 1
-    assert result.stderr.startswith("twogate: card.md: ")
+    assert result.stderr.startswith("twogate: tiny/2: card.md: ")

@@ -46,6 +46,7 @@ def test_help_names_every_command_and_the_exit_codes(twogate: Twogate) -> None:
         ["bundle", "show"],
         ["bundle", "verify"],
         ["bundle", "diff"],
+        ["bundle", "import"],
     ],
 )
 def test_every_command_has_help_that_teaches(twogate: Twogate, command: list[str]) -> None:

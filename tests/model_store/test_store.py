@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -26,8 +27,9 @@ def test_versions_count_up(tmp_path: Path) -> None:
 
 
 def test_versions_sort_as_numbers(tmp_path: Path) -> None:
-    for name in ("2", "10", "9"):
+    for name in ("2", "9"):
         (tmp_path / "b" / name).mkdir(parents=True)
+    assert make_tiny_bundle(tmp_path, "b").name == "10"
     assert versions(tmp_path, "b") == [2, 9, 10]
     assert resolve(tmp_path, "b").name == "10"
 
@@ -45,6 +47,27 @@ def test_resolve_finds_newest_or_named(tmp_path: Path) -> None:
         make_tiny_bundle(tmp_path)
     assert resolve(tmp_path, "tiny") == tmp_path / "tiny/2"
     assert resolve(tmp_path, "tiny/1") == tmp_path / "tiny/1"
+
+
+@pytest.mark.parametrize("place", ["tiny/9", "mine/1"])
+def test_a_bundle_under_another_name_or_number_is_refused(tmp_path: Path, place: str) -> None:
+    shutil.copytree(make_tiny_bundle(tmp_path), tmp_path / place)
+    said = f"{place}: the folder holds tiny/1, and a bundle keeps .* `twogate bundle import FOLDER`"
+    for wanted in (place, place.partition("/")[0]):
+        with pytest.raises(BundleError, match=said):
+            resolve(tmp_path, wanted)
+    assert resolve(tmp_path, "tiny/1") == tmp_path / "tiny/1"
+
+
+def test_a_stray_folder_with_the_highest_number_is_named(tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path)
+    (tmp_path / "tiny/20250101").mkdir()
+    with pytest.raises(BundleError) as refused:
+        resolve(tmp_path, "tiny")
+    assert str(refused.value) == (
+        "tiny/20250101: manifest.json: cannot be read (No such file or directory); that is the highest number, "
+        "there are also tiny/1"
+    )
 
 
 @pytest.mark.parametrize("wanted", ["", ".", "..", "/", "/etc", "../store/tiny", "missing", "tiny\0", "Tiny"])
