@@ -16,7 +16,7 @@ from PIL import Image
 
 from cli import rows
 from model_store.bundle import load_bundle
-from model_store.session import GateSession
+from model_store.session import GateOutputs, GateSession
 from tests.cli.conftest import FOLDER_ROWS, Process, Twogate
 from tests.conftest import REPOSITORY
 from tests.support.tiny_bundle import noisy_images
@@ -286,6 +286,22 @@ def test_an_image_that_breaks_the_arithmetic_hurts_no_neighbour(
     result = twogate("embed", *photos, "--store", store, "--bundle", "tiny")
     errors = [json.loads(line)["error"] for line in result.stdout.splitlines()]
     assert errors == [None, "an embedding is not finite", None, None]
+
+
+def test_a_score_that_is_no_number_is_null(
+    twogate: Twogate, store: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = GateSession.run
+
+    def broken(self: GateSession, images: np.ndarray) -> GateOutputs:
+        out = original(self, images)
+        return out if len(images) == 3 else GateOutputs(out.embedding, out.confidence, out.score * np.float32(np.nan))
+
+    monkeypatch.setattr(GateSession, "run", broken)  # but for the three golden images
+    result = twogate("embed", photos[0], "--store", store, "--bundle", "tiny")
+    assert "NaN" not in result.stdout
+    line = json.loads(result.stdout)
+    assert (line["score"], line["flagged"]) == (None, True)
 
 
 def test_reading_ahead_is_bounded(tiny_bundle: Path, photo: bytes, tmp_path: Path) -> None:
