@@ -32,7 +32,7 @@ from sklearn.model_selection import cross_val_predict
 
 from model_store.bundle import Bundle
 from model_store.errors import TwogateError
-from model_store.folder import Answers, answer_files, files_below, name_of
+from model_store.folder import Answers, answer_files, class_names, files_below, name_of
 from model_store.manifest import NAME_PATTERN, Manifest, Task, task_file
 from model_store.revise import revise
 from model_store.session import GateSession
@@ -184,9 +184,7 @@ def labelled(folder: Path) -> Labelled:
     if len(classes) < 2:
         found = f"only {classes[0]}" if classes else "none"
         raise HeadError(f"{root} must hold two or more folders of images, one a class; it has {found}")
-    for name in classes:
-        if not name.isprintable():
-            raise HeadError(f"the folder {name!r} cannot be a class: its name has characters that cannot be printed")
+    class_names([*classes, *testing])
     strangers = sorted(set(testing) - set(classes))
     if strangers:
         raise HeadError(f"{folder / 'test'} has the class {strangers[0]!r}, which there are no images to train on for")

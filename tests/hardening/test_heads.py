@@ -301,6 +301,13 @@ def test_folders_of_classes_without_train(digits: Path) -> None:
     assert labelled(digits).classes == ("0", "1")
 
 
+def test_a_test_class_written_in_another_way_is_named(digits: Path) -> None:
+    (digits / "train/0").rename(digits / "train/caf\u00e9")
+    (digits / "test/0").rename(digits / "test/cafe\u0301")
+    with pytest.raises(FolderError, match="their names look the same"):
+        labelled(digits)
+
+
 def test_pictures_without_classes_make_none(digits: Path) -> None:
     """Of train/*.jpg and test/*.jpg, as other commands take them, a head once told train from test."""
     for place in ("train", "test"):
