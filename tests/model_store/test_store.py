@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from model_store.bundle import verify_bundle
 from model_store.errors import BundleError
 from model_store.manifest import MANIFEST_FILE, parse_manifest
-from model_store.store import names, publishing, resolve, versions
+from model_store.store import StoreError, names, publishing, resolve, try_store, versions
 from tests.support.tiny_bundle import make_tiny_bundle
 
 
@@ -156,9 +157,31 @@ def test_concurrent_publishers_get_a_version_each(tmp_path: Path) -> None:
 def test_a_file_in_the_way_of_a_version_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "1").write_text("in the way")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(StoreError, match=r"/tiny/1 is in the way, and is no version: move it elsewhere"):
         make_tiny_bundle(tmp_path)
     assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["1"]
+
+
+def test_trying_a_store_leaves_no_trace(tmp_path: Path) -> None:
+    try_store(tmp_path / "a" / "b" / "store", "tiny")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    try_store(tmp_path / "a" / "b", "tiny")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["a"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match=r"file cannot be written \(.*\); wait"):
+        try_store(tmp_path / "file", "tiny", "wait")
+
+
+def test_what_was_left_a_day_ago_is_swept(tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path)
+    for name, hours in ((".incoming-old", 25), (".incoming-new", 23), (".other", 25)):
+        left = tmp_path / "tiny" / name
+        left.mkdir()
+        (left / "model.onnx").write_bytes(b"half")
+        os.utime(left, times=(time.time() - 3600 * hours,) * 2)
+    make_tiny_bundle(tmp_path)
+    assert sorted(entry.name for entry in (tmp_path / "tiny").iterdir()) == [".incoming-new", ".other", "1", "2"]
 
 
 def test_two_publishers_at_once_where_one_gives_up(tmp_path: Path) -> None:
