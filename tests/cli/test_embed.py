@@ -100,7 +100,7 @@ def test_a_damaged_bundle_is_refused(twogate: Twogate, own_store: Path, photos: 
     (own_store / "tiny/2/model.onnx").write_bytes(b"x")
     result = twogate("embed", photos[0], "--store", own_store, "--bundle", "tiny")
     assert result.exit_code == 1
-    assert result.stderr.startswith("twogate: model.onnx: its sha256")
+    assert result.stderr.startswith("twogate: tiny/2: model.onnx: its sha256")
     assert twogate("embed", photos[0], "--store", own_store, "--bundle", "tiny/1").exit_code == 0
 
 
