@@ -1,4 +1,4 @@
-"""`twogate bundle list|show|verify|diff`."""
+"""`twogate bundle list|show|verify|diff|import`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def list_(store: Store = None) -> None:
     from rich.table import Table
 
     from model_store.errors import BundleError, TwogateError
-    from model_store.store import names, versions
+    from model_store.manifest import read_manifest
+    from model_store.store import names, resolve, versions
 
     folder = store_folder(store)
     if not folder.is_dir():
@@ -35,9 +36,9 @@ def list_(store: Store = None) -> None:
     damaged = False
     for name in names(folder):
         for version in versions(folder, name):
-            path = folder / name / str(version)
             try:
-                manifest = _manifest(path)
+                path = resolve(folder, f"{name}/{version}")
+                manifest = read_manifest(path)
             except BundleError as error:
                 damaged = True
                 table.add_row(name, str(version), f"damaged: {error}")
@@ -67,8 +68,10 @@ def show(
 
     - `twogate bundle show photos/1 --json | jq .provenance`
     """
+    from model_store.manifest import read_manifest
+
     path = _path(wanted, store)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     if as_json:
         typer.echo(manifest.model_dump_json(indent=2, exclude={"golden": True, "calibration": {"scores"}}))
     else:
@@ -84,11 +87,12 @@ def verify(wanted: Wanted, store: Store = None) -> None:
     - `twogate bundle verify photos/1`
     """
     from model_store.bundle import verify_bundle
+    from model_store.manifest import read_manifest
 
     path = _path(wanted, store)
     for check in verify_bundle(path):
         typer.echo(f"ok  {check}")
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     typer.echo(f"{manifest.name}/{manifest.version} is sound")
 
 
@@ -108,8 +112,9 @@ def diff(
     from rich.table import Table
 
     from model_store.differences import differences
+    from model_store.manifest import read_manifest
 
-    old, new = _manifest(_path(before, store)), _manifest(_path(after, store))
+    old, new = (read_manifest(_path(wanted, store)) for wanted in (before, after))
     labels = [f"{one.name}/{one.version}" for one in (old, new)]
     found = differences(old, new)
     if not found:
@@ -121,6 +126,30 @@ def diff(
     Console(highlight=False, markup=False).print(table)
 
 
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="A bundle's folder.")],
+    store: Annotated[
+        Path, typer.Option(envvar="TWOGATE_STORE", file_okay=False, help="Folder of bundles that gets it; made if absent.")
+    ],
+) -> None:
+    """Verify a bundle of another store, and publish it in this one under its name and the next number.
+
+    Every store counts its versions from 1, so two of them can have another NAME/2 each. Everything but the number stays, and
+    the new manifest says where it came from. A signature (model.sig) belongs to the old number: sign the new one. The new
+    version's folder is printed.
+
+    - `twogate bundle import received/photos/2 --store bundles/`
+    """
+    from model_store.bundle import load_bundle, verify_bundle
+    from model_store.revise import revise
+
+    verify_bundle(path)
+    bundle = load_bundle(path)
+    card = f"## Imported\n\nIt was {bundle.label} elsewhere."
+    typer.echo(revise(bundle, store, fields={}, card=card, record={"imported": True}))
+
+
 def _path(wanted: str, store: Path | None) -> Path:
     """The folder of a bundle that was named, or whose path was given."""
     from model_store.manifest import MANIFEST_FILE
@@ -130,17 +159,6 @@ def _path(wanted: str, store: Path | None) -> Path:
     if wanted.startswith((".", "/", "~")) or (store is None and (path / MANIFEST_FILE).is_file()):
         return path
     return resolve(store_folder(store), wanted)
-
-
-def _manifest(path: Path) -> Manifest:
-    from model_store.errors import BundleError
-    from model_store.manifest import MANIFEST_FILE, parse_manifest
-
-    try:
-        data = (path / MANIFEST_FILE).read_bytes()
-    except OSError as error:
-        raise BundleError(MANIFEST_FILE, f"cannot be read ({error.strerror})") from None
-    return parse_manifest(data)
 
 
 def _size(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -127,11 +128,13 @@ def _check(output: Path, overwrite: bool) -> None:
 def _print(row: Row) -> None:
     """One JSON line; a float32 needs nine digits to be read back exactly."""
     judged = row.judged
+    # Flagged where it is no finite number, which JSON does not have.
+    score = None if judged is None or not isfinite(judged.verdict.score) else float(f"{judged.verdict.score:.9g}")
     line = {
         "path": row.path,
         "embedding": None if judged is None else [float(f"{value:.9g}") for value in judged.embedding.tolist()],
         "p_value": None if judged is None else judged.verdict.p_value,
-        "score": None if judged is None else float(f"{judged.verdict.score:.9g}"),
+        "score": score,
         "flagged": None if judged is None else judged.verdict.flagged,
         "error": row.error,
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import signal
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +16,13 @@ from model_store.errors import TwogateError
 
 class _Group(TyperGroup):
     """A group of commands whose expected errors are one line on stderr and exit code 1, never a traceback."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run as the program does."""
+        # Frames, arrows and names of files: where the terminal lacks a character, a question mark is better than a traceback.
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="replace")
+        return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
@@ -61,8 +71,13 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _terminated(*_: object) -> None:
+    raise SystemExit(143)
+
+
 @app.callback()
 def twogate(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
@@ -85,5 +100,9 @@ def twogate(
 
     - `twogate recalibrate photos --data images/` fits its false alarms to another domain
 
-    Exit codes: 0 it worked, 1 it did not (the reason is on stderr), 2 the command was not understood.
+    Exit codes: 0 it worked, 1 it did not (the reason is on stderr), 2 the command was not understood, 130 it was stopped by
+    Ctrl-C, 143 by SIGTERM; `serve` finishes what is in flight, and leaves with 0.
     """
+    # By itself SIGTERM runs no `finally`, and half-written files would stay. The server has its own way to stop.
+    if ctx.invoked_subcommand != "serve":
+        signal.signal(signal.SIGTERM, _terminated)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from model_store.bundle import Bundle
 
 Store = Annotated[
     Path | None,
@@ -23,3 +26,14 @@ def store_folder(store: Path | None) -> Path:
     from model_store.store import EMBEDDED_STORE
 
     return store or EMBEDDED_STORE
+
+
+def say_newer(bundle: Bundle, place: Path) -> None:
+    """Where the version in `place` was not made from the newest one, say what it lacks."""
+    newest = int(place.name) - 1
+    if newest > bundle.manifest.version:
+        name = bundle.manifest.name
+        typer.echo(
+            f"note: made from {bundle.label}, though there is {name}/{newest}, whose tasks and calibration are not in it",
+            err=True,
+        )

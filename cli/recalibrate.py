@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Store, store_folder
+from cli.options import Store, say_newer, store_folder
 
 
 def recalibrate(
@@ -44,6 +44,7 @@ def recalibrate(
             folder,
             data,
             allow_small=allow_small,
+            only_newest="/" not in wanted,
             threads=usable_cores(),
             begin=shown.begin,
             advance=shown.advance,
@@ -52,6 +53,7 @@ def recalibrate(
         typer.echo(f"skipped {path}: {reason}", err=True)
     if done.copies:
         typer.echo(f"left out {done.copies} files that are copies of others", err=True)
+    say_newer(bundle, done.place)
     smallest = done.calibration.smallest_budget
     typer.echo(f"calibrated on {done.calibration.n} clean images; the smallest max_fpr is {smallest:.2g}", err=True)
     for budget in (0.001, 0.01, 0.05):

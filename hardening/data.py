@@ -22,7 +22,7 @@ from hardening.files import write_atomically
 from hardening.progress import Bars
 from hardening.recipe import RecipeError, Splits
 from model_store.errors import ImageError, TwogateError
-from model_store.folder import MAX_FILE_BYTES, files_below
+from model_store.folder import MAX_FILE_BYTES, class_names, files_below
 from model_store.pixels import PixelRule, decode, decode_small
 
 UNLABELLED = -1
@@ -201,9 +201,7 @@ def _scan(root: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
         classes = [p.name for p in shown(root / "train") if p.is_dir()]
         if len(classes) < 2:
             classes = []
-        for name in classes:
-            if not name.isprintable():
-                raise DataError(f"the folder {name!r} cannot be a class: its name has characters that cannot be printed")
+        class_names(classes)
     else:
         found = [("train", p.name, UNLABELLED) for p in shown(root) if p.is_file()]
         if not found:

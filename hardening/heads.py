@@ -32,10 +32,11 @@ from sklearn.model_selection import cross_val_predict
 
 from model_store.bundle import Bundle
 from model_store.errors import TwogateError
-from model_store.folder import Answers, answer_files, files_below, name_of
+from model_store.folder import Answers, answer_files, class_names, files_below, name_of
 from model_store.manifest import NAME_PATTERN, Manifest, Task, task_file
-from model_store.revise import revise
+from model_store.revise import OWN_STORE, revise
 from model_store.session import GateSession
+from model_store.store import try_store
 from model_store.tasks import TaskHead, check_head
 
 Fusion = Literal["guarded", "rfdm"]
@@ -95,6 +96,8 @@ class Trained:
     """The folder of the new version."""
     task: Task
     skipped: tuple[tuple[Path, str], ...]
+    copies: int
+    """Files that were left out, being the same as another one."""
     seen: bool
     """Whether its classes are those of the data that the bundle was hardened on."""
 
@@ -107,6 +110,7 @@ def add_head(
     *,
     fusion: Fusion = "guarded",
     seed: int = 0,
+    only_newest: bool = False,
     threads: int = 1,
     begin: Callable[[int], None] = lambda files: None,
     advance: Callable[[], None] = lambda: None,
@@ -114,14 +118,17 @@ def add_head(
     """Train a head for the task `name` on a labelled folder, and publish `bundle` with it in `store` as a new version.
 
     15% of the images of each class are held out and give the validation accuracy; `test/`, where there is one, gives a
-    number too and chooses nothing. A head of the same name is replaced. `begin` is told the number of files, `advance` is
-    called once for each. HeadError, FolderError or BundleError say what is wrong, and then nothing is published.
+    number too and chooses nothing. Copies of a file count as one image, of the first class and split that have it. A head of
+    the same name is replaced. `begin` is told the number of files, `advance` is called once for each. HeadError, FolderError,
+    BundleError or StoreError (see `revise`, which knows `only_newest`) say what is wrong, and then nothing is published.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise HeadError(f"{name!r} cannot be a task's name: up to 64 of a-z 0-9 . _ -, beginning with a letter or digit")
     manifest = bundle.manifest
     data = labelled(folder)
     files = [*data.train, *data.test]
+    _check_counts(np.array([label for _, label in data.train]), data.classes, "files")  # before all are embedded
+    try_store(store, manifest.name, OWN_STORE)
     begin(len(files))
     session = GateSession(bundle, threads=threads)
     paths = [path for path, _ in files]
@@ -129,9 +136,12 @@ def add_head(
     label_of = dict(files)
     labels = np.array([label_of[path] for path in answers.paths], dtype=np.int64)
     testing = {path for path, _ in data.test}
-    test = np.array([path in testing for path in answers.paths])
-    _check_counts(labels[~test], data.classes)
-    train, validation = hold_out(labels, ~test, seed)
+    # Of a picture under many names, one in the hold-out would know the answer for another one in training.
+    first = _first_of_each(answers, labels, data.classes)
+    test = np.array([path in testing for path in answers.paths]) & first
+    usable = first & ~test
+    _check_counts(labels[usable], data.classes, "different usable images")
+    train, validation = hold_out(labels, usable, seed)
     heads, held_out = _trained(manifest, answers.embedding[train], labels[train], len(data.classes))
     graph = head_graph(manifest, heads, fusion, _sharpness(held_out, labels[train], heads, fusion))
     where = name_of(folder)
@@ -153,6 +163,7 @@ def add_head(
         "task": name,
         "images": counts,
         "skipped": len(answers.skipped),
+        "copies": int((~first).sum()),
         "sha256": answers.digest,
         "seed": seed,
         "libraries": {library: importlib.metadata.version(library) for library in ("scikit-learn", "onnx", "numpy")},
@@ -165,8 +176,9 @@ def add_head(
         files={task.file: graph},
         card=_card(bundle, task, counts, where) + (f"\n\n{SEEN}" if seen else ""),
         record=record,
+        only_newest=only_newest,
     )
-    return Trained(place, task, answers.skipped, seen)
+    return Trained(place, task, answers.skipped, int((~first).sum()), seen)
 
 
 def labelled(folder: Path) -> Labelled:
@@ -184,9 +196,7 @@ def labelled(folder: Path) -> Labelled:
     if len(classes) < 2:
         found = f"only {classes[0]}" if classes else "none"
         raise HeadError(f"{root} must hold two or more folders of images, one a class; it has {found}")
-    for name in classes:
-        if not name.isprintable():
-            raise HeadError(f"the folder {name!r} cannot be a class: its name has characters that cannot be printed")
+    class_names([*classes, *testing])
     strangers = sorted(set(testing) - set(classes))
     if strangers:
         raise HeadError(f"{folder / 'test'} has the class {strangers[0]!r}, which there are no images to train on for")
@@ -396,11 +406,26 @@ def _fit(features: NDArray[np.float64], labels: NDArray[np.int64], classes: int)
     return _Fitted(weight.T, bias - weight @ mean, quality, float(np.ravel(model.C_)[0]), mean, scale)
 
 
-def _check_counts(labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:
+def _first_of_each(answers: Answers, labels: NDArray[np.int64], classes: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Which of N images are no copy of an earlier one [N]. HeadError where one picture has two labels."""
+    found: dict[str, int] = {}
+    for number, digest in enumerate(answers.files):
+        first = found.setdefault(digest, number)
+        if labels[first] != labels[number]:
+            raise HeadError(
+                f"{answers.paths[number]} is the same picture as {answers.paths[first]}, and cannot be both "
+                f"{classes[labels[number]]!r} and {classes[labels[first]]!r}: remove one of them"
+            )
+    first_of_each = np.zeros(len(labels), bool)
+    first_of_each[list(found.values())] = True
+    return first_of_each
+
+
+def _check_counts(labels: NDArray[np.int64], classes: tuple[str, ...], what: str) -> None:
     for label, name in enumerate(classes):
         count = int((labels == label).sum())
         if count < MIN_PER_CLASS:
-            raise HeadError(f"the class {name!r} has {count} usable images and needs at least {MIN_PER_CLASS}")
+            raise HeadError(f"the class {name!r} has {count} {what} and needs at least {MIN_PER_CLASS}")
 
 
 def _accuracy(head: TaskHead, answers: Answers, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> float:

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ from hardening.workers import Job, run_jobs
 from model_store.bundle import Bundle, load_bundle, verify_bundle
 from model_store.errors import TwogateError
 from model_store.manifest import MODEL_FILE, Branch, Detector, Manifest
-from model_store.store import publishing, resolve, versions
+from model_store.store import publishing, resolve, try_store, versions
 
 _LIBRARIES = ("torch", "timm", "lightly", "scikit-learn", "onnx", "onnxruntime", "numpy", "pillow")
 _USUAL_BUDGET = 0.01
@@ -88,23 +88,10 @@ def harden(
                     raise RunError(f"this run has already published {place}: copy it to {store}, or start anew with --run")
                 shown.say(f"this run has already published {place}; a new run directory starts anew")
                 return place
-        _try_store(store, recipe.name)
+        try_store(store, recipe.name)
         if not any((run / "encoders").glob("*.pt")):
             check_encoders(recipe, shown)
         return _run(recipe, data_root, store, run, finished, device, shown)
-
-
-def _try_store(store: Path, name: str) -> None:
-    """RunError where nothing could be published there: said now, and not after hours of training."""
-    made = [folder for folder in (store, *store.parents) if not folder.exists()]
-    try:
-        with publishing(store, name):
-            pass
-    except OSError as error:
-        raise RunError(f"the store {store} cannot be written ({error.strerror}); name another one with --store") from None
-    with suppress(OSError):  # another run may have put something there since
-        for folder in made:
-            folder.rmdir()
 
 
 def _run(recipe: Recipe, data_root: Path, store: Path, run: Path, finished: Path, device: str, bars: Bars) -> Path:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import wraps
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from model_store.errors import BundleError
+from model_store.files import read_plain
 from model_store.graph import check_self_contained
-from model_store.manifest import MANIFEST_FILE, MODEL_FILE, Manifest, parse_manifest
+from model_store.manifest import MANIFEST_FILE, MODEL_FILE, Manifest, read_manifest
 from model_store.session import GateSession
 from model_store.tasks import TaskHead, check_head
 
+_T = TypeVar("_T")
 SIGNATURE_FILE = "model.sig"
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference from the golden answers that another processor may show; a wrong graph is off by far more."""
@@ -41,15 +43,27 @@ class Bundle:
         return f"{self.manifest.name}/{self.manifest.version}"
 
 
+def _naming(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
+    """Where a bundle is refused, say which: of a store's folders the last two are name and version."""
+
+    @wraps(read)
+    def named(path: Path) -> _T:
+        try:
+            return read(path)
+        except BundleError as error:
+            raise BundleError(error.file, error.reason, str(Path(*path.parts[-2:]))) from error
+
+    return named
+
+
+@_naming
 def load_bundle(path: Path) -> Bundle:
     """Read a bundle's folder: manifest, then every file that it names, each checked against its sha256.
 
     The graphs' bytes are read once and kept, so that what was hashed is what will run. BundleError names the first
     file that is missing, linked, changed or outside the folder, or the graph that is not self-contained.
     """
-    if not path.is_dir():
-        raise BundleError(path.name, "there is no bundle of this name")
-    manifest = parse_manifest(_read(path, MANIFEST_FILE))
+    manifest = read_manifest(path)
     if MODEL_FILE not in manifest.files:
         raise BundleError(MANIFEST_FILE, f"names no {MODEL_FILE}")
     if sum(branch.embedding_dim for branch in manifest.branches) != manifest.embedding_dim:
@@ -70,12 +84,13 @@ def load_bundle(path: Path) -> Bundle:
 
 def read_sealed(path: Path, manifest: Manifest, name: str) -> bytes:
     """A file that the manifest names; BundleError unless it is a plain file with the manifest's sha256."""
-    data = _read(path, name)
+    data = read_plain(path, name)
     if hashlib.sha256(data).hexdigest() != manifest.files[name]:
         raise BundleError(name, "its sha256 is not the one in the manifest: it was changed after it was written")
     return data
 
 
+@_naming
 def verify_bundle(path: Path) -> list[str]:
     """Check everything that can be checked, and return what was, in words; BundleError at the first failure.
 
@@ -128,29 +143,3 @@ def check_golden(session: GateSession, manifest: Manifest) -> None:
         scale = max(1.0, float(np.abs(expected).max()))
         if not worst <= GOLDEN_TOLERANCE * scale:
             raise BundleError(MODEL_FILE, f"golden {what}: differs by {worst:.2g} from what the manifest promises")
-
-
-def _read(root: Path, name: str) -> bytes:
-    """Read a file named inside the bundle; links and names that lead out of it are refused."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
-        raise BundleError(name, "leads out of the bundle")
-    current = root
-    for part in pure.parts:
-        current = current / part
-        if current.is_symlink():
-            raise BundleError(name, "is a link; a bundle holds plain files")
-    try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-        descriptor = os.open(current, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        raise BundleError(name, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BundleError(name, "is no plain file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    except OSError as error:
-        raise BundleError(name, f"cannot be read ({error.strerror})") from None
-    finally:
-        os.close(descriptor)

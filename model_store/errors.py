@@ -18,10 +18,13 @@ class TwogateError(Exception):
 
 
 class BundleError(TwogateError):
-    """A bundle cannot be used. `file` is the guilty file's name inside the bundle, `reason` what is wrong with it."""
+    """A bundle cannot be used. `file` is the guilty file's name inside the bundle, `reason` what is wrong with it.
 
-    def __init__(self, file: str, reason: str) -> None:
-        super().__init__(f"{file}: {reason}")
+    `bundle` says which one, name/version, where that is known.
+    """
+
+    def __init__(self, file: str, reason: str, bundle: str = "") -> None:
+        super().__init__(f"{bundle}: {file}: {reason}" if bundle else f"{file}: {reason}")
         self.file = file
         self.reason = reason
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ MAX_FILE_BYTES = 100 * 2**20
 """A larger file is no photograph, and reading it would take its size in memory."""
 MOST_SKIPPED = 0.1
 """A folder of which a larger share is no image is not the folder that was meant."""
+_NO_TEXT = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's control characters, surrogates (bytes that are no UTF-8), and separators of lines and paragraphs."""
 _BATCH = 16
 _Decode = Callable[[bytes, PixelRule], NDArray[np.uint8]]
 
@@ -57,13 +60,37 @@ def name_of(folder: Path) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and below, each level sorted; hidden ones are left out, links to folders not followed."""
-    for place, below, files in os.walk(folder):
+    """All files in a folder and below, each level sorted; hidden ones are left out, links to folders not followed.
+
+    None where there is no such folder; OSError where one below cannot be read, so that no part is silently missing.
+    """
+    if not folder.is_dir():
+        return
+    for place, below, files in os.walk(folder, onerror=_fail):
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(files):
             file = Path(place, name)
             if not name.startswith(".") and file.is_file():
                 yield file
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def class_names(names: Iterable[str]) -> None:
+    """FolderError where folders cannot be classes: a name that would break lines, or two that look the same."""
+    seen: dict[str, str] = {}
+    for name in sorted(set(names)):
+        if any(unicodedata.category(character) in _NO_TEXT for character in name):
+            raise FolderError(f"the folder {name!a} cannot be a class: its name has control characters or is no UTF-8")
+        composed = unicodedata.normalize("NFC", name)
+        if composed in seen:
+            raise FolderError(
+                f"the folders {seen[composed]!a} and {name!a} cannot be two classes: their names look the same, "
+                "written in two ways; put their images into one"
+            )
+        seen[composed] = name
 
 
 def answer_files(

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model_store.calibration import Calibration, is_empty
 from model_store.errors import BundleError
+from model_store.files import read_plain
 from model_store.pixels import PixelRule
 
 MANIFEST_FILE = "manifest.json"
@@ -22,6 +24,7 @@ MODEL_FILE = "model.onnx"
 SCHEMA_VERSION: Final = 1
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _UNSEALED = "0" * 64
+_NEWER = "made by a newer Twogate? Update this one"
 
 
 class _Part(BaseModel):
@@ -173,14 +176,23 @@ def parse_manifest(data: bytes) -> Manifest:
         raise BundleError(MANIFEST_FILE, f"is not JSON ({error})") from None
     version = raw.get("schema_version") if isinstance(raw, Mapping) else None
     if version != SCHEMA_VERSION:
-        raise BundleError(MANIFEST_FILE, f"schema version {version!r} is not the one this program reads ({SCHEMA_VERSION})")
+        newer = f"; {_NEWER}" if isinstance(version, int) and version > SCHEMA_VERSION else ""
+        raise BundleError(
+            MANIFEST_FILE, f"schema version {version!r} is not the one this program reads ({SCHEMA_VERSION}){newer}"
+        )
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(MANIFEST_FILE, f"field {where!r}: {first['msg']}") from None
+        newer = f"; {_NEWER}" if first["type"] == "extra_forbidden" else ""
+        raise BundleError(MANIFEST_FILE, f"field {where!r}: {first['msg']}{newer}") from None
     unsealed = data.replace(manifest.digest.encode(), _UNSEALED.encode(), 1)
     if hashlib.sha256(unsealed).hexdigest() != manifest.digest:
         raise BundleError(MANIFEST_FILE, "its digest does not match its content: it was changed after it was written")
     return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a bundle's folder; raises as `parse_manifest` does."""
+    return parse_manifest(read_plain(folder, MANIFEST_FILE))

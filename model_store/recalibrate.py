@@ -20,8 +20,9 @@ from model_store.calibration import BudgetTooSmall, Calibration
 from model_store.folder import Answers, FolderError, answer_files, files_below, name_of, read_small
 from model_store.honest import KINDS, changed_each_way, to_be_changed
 from model_store.pixels import PixelRule
-from model_store.revise import revise
+from model_store.revise import OWN_STORE, revise
 from model_store.session import GateSession
+from model_store.store import try_store
 
 FEWEST_IMAGES = 19
 """Fewer cannot even promise that at most one clean image in twenty is flagged.
@@ -64,6 +65,7 @@ def recalibrate(
     folder: Path,
     *,
     allow_small: bool = False,
+    only_newest: bool = False,
     threads: int = 1,
     begin: Callable[[int], None] = lambda steps: None,
     advance: Callable[[], None] = lambda: None,
@@ -72,10 +74,11 @@ def recalibrate(
 
     `begin` is told how many pictures will be scored, `advance` is called once for each. FolderError where there are fewer
     than 19 images or more than a tenth of the files is none; BudgetTooSmall where there are too few for the usual max_fpr of
-    0.01, unless `allow_small`. Copies of a file count as one image.
+    0.01, unless `allow_small`. Copies of a file count as one image. StoreError as in `revise`, which knows `only_newest`.
     """
     files = list(files_below(folder))
     _require(folder, len(files), "files", allow_small)  # before all are scored, which tells how many are images
+    try_store(store, bundle.manifest.name, OWN_STORE)
     before = bundle.manifest.calibration
     begin(len(files) + (len(KINDS) * len(to_be_changed(len(files))) if before.changes else 0))
     session = GateSession(bundle, threads=threads)
@@ -93,11 +96,12 @@ def recalibrate(
     card = f"""## Recalibrated on {name}
 
 From {bundle.label}, the same graph. {n} clean images replace the calibration of before ({before.source}); the smallest
-max_fpr that they support is {calibration.smallest_budget:.2g}. Rates of false alarms that were measured above held for
-the calibration of before.
+max_fpr that they support is {calibration.smallest_budget:.2g}. Rates of false alarms and of
+detected attacks that were measured above held for the calibration of before.
 {_QUIET.format(calibration.each_alone_from) if calibration.changes else ""}"""
     record = {"recalibrated_on": name, "images": n, "skipped": len(answers.skipped), "sha256": answers.digest}
-    place = revise(bundle, store, fields={"calibration": calibration}, card=card, record=record)
+    fields = {"calibration": calibration}
+    place = revise(bundle, store, fields=fields, card=card, record=record, only_newest=only_newest)
     return Recalibrated(place, calibration, answers, score, len(answers.files) - n)
 
 

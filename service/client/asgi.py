@@ -41,7 +41,14 @@ class TwogateMiddleware:
         # What a client sent under this name must not reach the app.
         kept = [(name, value) for name, value in scope["headers"] if name.lower() != VERDICT_HEADER.encode()]
         scope = {**scope, "headers": kept}
-        if not self._concerned(scope):
+        there = {name.lower(): value for name, value in kept}
+        has_body = b"transfer-encoding" in there or there.get(b"content-length", b"0") != b"0"
+        if not has_body and scope.get("http_version") in ("2", "3") and self._concerned(scope, True):
+            # There a body needs no header that announces it.
+            first = await receive()
+            has_body = bool(first.get("body") or first.get("more_body"))
+            receive = _after(first, receive)
+        if not self._concerned(scope, has_body):
             await self._app(scope, receive, send)
             return
         # Joined where there are several: an app may look at the first, or at the last.
@@ -65,23 +72,13 @@ class TwogateMiddleware:
         if isinstance(verdict, Refusal):
             await _answer(send, verdict)
             return
-        replayed = False
-
-        async def again() -> MutableMapping[str, Any]:
-            nonlocal replayed
-            if replayed:
-                return await receive()
-            replayed = True
-            return {"type": "http.request", "body": whole, "more_body": False}
-
+        again = _after({"type": "http.request", "body": whole, "more_body": False}, receive)
         await self._app({**scope, "headers": [*kept, (VERDICT_HEADER.encode(), verdict.encode())]}, again, send)
 
-    def _concerned(self, scope: _Scope) -> bool:
+    def _concerned(self, scope: _Scope, has_body: bool) -> bool:
         """The path may have the root path before it, which routers leave out."""
         path, root = scope["path"], scope.get("root_path") or ""
         inner = path.removeprefix(root) if path.startswith(f"{root}/") else path
-        there = {name.lower(): value for name, value in scope["headers"]}
-        has_body = b"transfer-encoding" in there or there.get(b"content-length", b"0") != b"0"
         return self._uploads.concerns(scope["method"], path, inner, has_body=has_body)
 
     async def _judge(self, *upload: Any) -> Refusal | str:
@@ -95,6 +92,20 @@ class TwogateMiddleware:
 
     def _asked(self, _: asyncio.Future[Refusal | str]) -> None:
         self._asking -= 1
+
+
+def _after(first: MutableMapping[str, Any], receive: _Receive) -> _Receive:
+    """What gives `first`, and then what `receive` gives."""
+    given = False
+
+    async def again() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return first
+
+    return again
 
 
 async def _answer(send: _Send, refusal: Refusal) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
@@ -43,7 +44,8 @@ class TwogateClient:
     """A gate at `url`. May be used by many threads; keeps nothing between calls.
 
     `timeout_s` bounds every wait for the gate, which is told to give up after the same time. `key` is one of the
-    operator's API keys, where there are any.
+    operator's API keys, where there are any; white space around it, as at the end of a file, does not count. ValueError where
+    `url` or `key` cannot be used.
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 10) -> None:
@@ -52,8 +54,13 @@ class TwogateClient:
             raise ValueError(f"the gate's URL must be like http://twogate:8000, not {url!r}")
         self._secure = parts.scheme == "https"
         self._host, self._port = parts.hostname, parts.port
+        if not parts.path.isascii():
+            raise ValueError(f"the path of the gate's URL must be ASCII, %-encoded where it is not: {url!r}")
         self._path = f"{parts.path.rstrip('/')}/v1/scan?on_flag=reject"
-        self._key = key
+        self._key = (key or "").strip()
+        # Not shown: it is a secret.
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError("the gate's key must be printable ASCII, on one line")
         self._timeout_s = timeout_s
 
     def scan(self, body: bytes, content_type: str = "application/octet-stream", content_encoding: str = "") -> Answer:
@@ -62,27 +69,16 @@ class TwogateClient:
         Never raises for what the network or the gate does: that is an outcome.
         """
         form = content_type.partition(";")[0].strip().lower() == _FORM
-        headers = {
-            # Whatever else a client called it: a body that is no form is one image, and its type is told by its content.
-            "Content-Type": content_type if form else "application/octet-stream",
-            "X-Request-Timeout": f"{self._timeout_s:g}",
-        }
+        # Whatever else a client called it: a body that is no form is one image, and its type is told by its content.
+        theirs = {"Content-Type": content_type if form else "application/octet-stream"}
         if content_encoding:
-            headers["Content-Encoding"] = content_encoding  # the gate refuses it, as long as nobody undoes it
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+            theirs["Content-Encoding"] = content_encoding  # the gate refuses it, as long as nobody undoes it
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self._timeout_s)
         try:
-            connection.request("POST", self._path, body, headers)
-            response = connection.getresponse()
-            answer = _understood(response.status, response.read(1_000_000), response.getheader("Retry-After"))
-        except (OSError, http.client.HTTPException) as error:
+            answer = self._ask(connection, body, theirs)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a host that can be no name
             answer = unavailable(f"the gate did not answer: {type(error).__name__}")
-        except ValueError:  # what the client sent in these headers cannot be sent on
-            answer = Answer(
-                Outcome.REFUSED, 400, "malformed headers", b'{"type": "/problems/malformed-request", "status": 400}'
-            )
         finally:
             connection.close()
         if answer.outcome is not Outcome.CLEAN:
@@ -94,16 +90,37 @@ class TwogateClient:
             )
         return answer
 
+    def _ask(self, connection: http.client.HTTPConnection, body: bytes, theirs: dict[str, str]) -> Answer:
+        connection.putrequest("POST", self._path)
+        connection.putheader("X-Request-Timeout", f"{self._timeout_s:g}")
+        connection.putheader("Content-Length", str(len(body)))
+        if self._key:
+            connection.putheader("Authorization", f"Bearer {self._key}")
+        try:
+            for name, value in theirs.items():
+                connection.putheader(name, value)
+        except ValueError:  # what the client sent in these headers cannot be sent on
+            return _refused(400, "malformed-request", "malformed headers")
+        connection.connect()
+        with suppress(BrokenPipeError, ConnectionResetError):  # who finds it too large may answer before all of it was sent
+            connection.endheaders(body)
+        response = connection.getresponse()
+        return _understood(response.status, response.read(1_000_000), response.getheader("Retry-After"))
+
 
 def _understood(status: int, body: bytes, retry_after: str | None) -> Answer:
     try:
-        document = json.loads(body)
-        assert isinstance(document, dict)
-    except (ValueError, AssertionError):
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    document = found if isinstance(found, dict) else {}
+    name = str(document.get("type", "")).rpartition("/")[2]
+    if status == 413 and not name:  # a proxy's page; trying again would not help
+        return _refused(413, "body-too-large", "too large for what is before the gate")
+    if found is not document:
         return unavailable(f"what answered with {status} is not the gate")
     if status == 200 and document.get("flagged") is False:
         return Answer(Outcome.CLEAN, status, "no image is suspected", body)
-    name = str(document.get("type", "")).rpartition("/")[2]
     reason = f"{name}: {document.get('detail', '')}"
     match status, name:
         case 422, "adversarial-suspected":
@@ -115,6 +132,11 @@ def _understood(status: int, body: bytes, retry_after: str | None) -> Answer:
         case _:
             return unavailable(reason if name else f"the gate answered {status}", retry_after)
     return Answer(outcome, status, reason, body)
+
+
+def _refused(status: int, name: str, reason: str) -> Answer:
+    """A refusal that is not the gate's own."""
+    return Answer(Outcome.REFUSED, status, reason, json.dumps({"type": f"/problems/{name}", "status": status}).encode())
 
 
 def unavailable(reason: str, retry_after: str | None = None) -> Answer:

@@ -42,7 +42,7 @@ def test_list_shows_the_others_where_one_is_damaged(twogate: Twogate, own_store:
     (own_store / "tiny/1/manifest.json").write_text("{")
     result = twogate("bundle", "list", "--store", own_store)
     assert result.exit_code == 1
-    assert "damaged: manifest.json" in result.stdout
+    assert "damaged: tiny/1: manifest.json" in result.stdout
     assert "48 KiB" in result.stdout
 
 
@@ -98,8 +98,33 @@ def test_verify_names_the_file_and_the_reason(process: Process, own_store: Path,
     result = process("bundle", "verify", "tiny", "--store", own_store)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.startswith(f"twogate: {name}: ")
+    assert result.stderr.startswith(f"twogate: tiny/2: {name}: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_copy_under_another_number_is_for_import(process: Process, own_store: Path, tmp_path: Path) -> None:
+    shutil.copytree(own_store / "tiny/1", own_store / "tiny/9")
+    for command in ("show", "verify"):
+        result = process("bundle", command, "tiny", "--store", own_store)
+        assert result.returncode == 1
+        assert result.stderr.startswith("twogate: tiny/9: the folder holds tiny/1")
+    assert "tiny/9: the folder holds tiny/1" in process("bundle", "list", "--store", own_store).stdout
+    assert process("bundle", "verify", own_store / "tiny/9").returncode == 0
+
+
+def test_import_gives_a_bundle_of_another_store_the_next_number(twogate: Twogate, own_store: Path, tmp_path: Path) -> None:
+    received = add_tiny_head(own_store / "tiny/2", tmp_path / "other")
+    result = twogate("bundle", "import", received, "--store", own_store)
+    assert (result.exit_code, result.stdout) == (0, f"{own_store / 'tiny/3'}\n")
+    assert twogate("bundle", "verify", "tiny/3", "--store", own_store).exit_code == 0
+    shown = json.loads(twogate("bundle", "show", "tiny", "--json", "--store", own_store).stdout)
+    assert [task["name"] for task in shown["tasks"]] == ["animals"]
+    assert shown["provenance"]["revisions"][-1]["from"] == "tiny/1"
+    (received / "stranger").write_text("x")
+    result = twogate("bundle", "import", received, "--store", own_store)
+    assert result.exit_code == 1
+    assert "stranger: the manifest does not name this file" in result.stderr
+    assert not (own_store / "tiny/4").exists()
 
 
 def test_verify_of_what_is_not_there(twogate: Twogate, own_store: Path) -> None:

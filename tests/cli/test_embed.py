@@ -16,7 +16,7 @@ from PIL import Image
 
 from cli import rows
 from model_store.bundle import load_bundle
-from model_store.session import GateSession
+from model_store.session import GateOutputs, GateSession
 from tests.cli.conftest import FOLDER_ROWS, Process, Twogate
 from tests.conftest import REPOSITORY
 from tests.support.tiny_bundle import noisy_images
@@ -100,7 +100,7 @@ def test_a_damaged_bundle_is_refused(twogate: Twogate, own_store: Path, photos: 
     (own_store / "tiny/2/model.onnx").write_bytes(b"x")
     result = twogate("embed", photos[0], "--store", own_store, "--bundle", "tiny")
     assert result.exit_code == 1
-    assert result.stderr.startswith("twogate: model.onnx: its sha256")
+    assert result.stderr.startswith("twogate: tiny/2: model.onnx: its sha256")
     assert twogate("embed", photos[0], "--store", own_store, "--bundle", "tiny/1").exit_code == 0
 
 
@@ -288,6 +288,22 @@ def test_an_image_that_breaks_the_arithmetic_hurts_no_neighbour(
     assert errors == [None, "an embedding is not finite", None, None]
 
 
+def test_a_score_that_is_no_number_is_null(
+    twogate: Twogate, store: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = GateSession.run
+
+    def broken(self: GateSession, images: np.ndarray) -> GateOutputs:
+        out = original(self, images)
+        return out if len(images) == 3 else GateOutputs(out.embedding, out.confidence, out.score * np.float32(np.nan))
+
+    monkeypatch.setattr(GateSession, "run", broken)  # but for the three golden images
+    result = twogate("embed", photos[0], "--store", store, "--bundle", "tiny")
+    assert "NaN" not in result.stdout
+    line = json.loads(result.stdout)
+    assert (line["score"], line["flagged"]) == (None, True)
+
+
 def test_reading_ahead_is_bounded(tiny_bundle: Path, photo: bytes, tmp_path: Path) -> None:
     """Any number of files fits into memory: no more than two batches are open before the first answer is out."""
     from service.engine.local import LocalGate
@@ -324,7 +340,8 @@ def test_without_pyarrow_the_extra_is_named(
     assert twogate("embed", folder / "a.jpg", "--store", store, "--bundle", "tiny").exit_code == 0
 
 
-def test_stopped_by_hand_it_leaves_nothing(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_it_leaves_nothing(store: Path, tmp_path: Path, how: signal.Signals, code: int) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
     buffer = io.BytesIO()
@@ -337,8 +354,8 @@ def test_stopped_by_hand_it_leaves_nothing(store: Path, tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".many.parquet.*")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) not in (0, None)
+        process.send_signal(how)
+        assert process.wait(timeout=60) == code
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == ["many"]

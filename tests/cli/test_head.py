@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from hardening import heads
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.store import versions
 from tests.cli.conftest import Process, Twogate
+from tests.support.tiny_bundle import make_tiny_bundle
 from tests.support.toy_images import write_digits
 
 
@@ -18,11 +20,14 @@ def digits(tmp_path: Path) -> Path:
 
 def test_train_publishes_and_prints_the_folder(twogate: Twogate, own_store: Path, digits: Path) -> None:
     (digits / "train/0/note.txt").write_text("no image")
+    shutil.copy(next((digits / "train/0").glob("*.png")), digits / "train/0/copy.png")
     result = twogate("head", "train", "tiny/1", "--task", "digits", "--data", digits, "--store", own_store)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{own_store / 'tiny/3'}\n"
     for words in (
         "skipped",
+        "left out 1 files that are copies of others",
+        "note: made from tiny/1, though there is tiny/2, whose tasks and calibration are not in it",
         "note.txt",
         "task digits: 3 classes, guarded fusion",
         "validation_clean_acc: ",
@@ -42,6 +47,17 @@ def test_the_fusion_can_be_chosen(twogate: Twogate, own_store: Path, digits: Pat
     assert twogate(*arguments, "rfdm").exit_code == 0
     assert load_bundle(own_store / "tiny/3").manifest.tasks[0].fusion == "rfdm"
     assert twogate(*arguments, "magic").exit_code == 2
+
+
+def test_what_was_published_meanwhile_is_not_lost(
+    twogate: Twogate, own_store: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "check_head", lambda *_: make_tiny_bundle(own_store))
+    result = twogate("head", "train", "tiny", "--task", "d", "--data", digits, "--store", own_store)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("twogate: tiny/3 was published meanwhile")
+    assert "note:" not in result.stderr
+    assert versions(own_store, "tiny") == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +83,7 @@ def test_too_few_classes_or_images_are_one_line(process: Process, own_store: Pat
         file.unlink()
     result = process("head", "train", "tiny", "--task", "d", "--data", digits, "--store", own_store)
     assert result.returncode == 1
-    assert result.stderr == "twogate: the class '2' has 4 usable images and needs at least 5\n"
+    assert result.stderr == "twogate: the class '2' has 4 files and needs at least 5\n"
     for name in ("1", "2"):
         shutil.rmtree(digits / "train" / name)
     result = process("head", "train", "tiny", "--task", "d", "--data", digits, "--store", own_store)
@@ -81,4 +97,4 @@ def test_a_damaged_bundle_is_refused(twogate: Twogate, own_store: Path, digits: 
     (own_store / "tiny/2/card.md").write_text("changed")
     result = twogate("head", "train", "tiny", "--task", "d", "--data", digits, "--store", own_store)
     assert result.exit_code == 1
-    assert result.stderr.startswith("twogate: card.md: ")
+    assert result.stderr.startswith("twogate: tiny/2: card.md: ")

@@ -28,7 +28,7 @@ def test_version(twogate: Twogate) -> None:
 def test_help_names_every_command_and_the_exit_codes(twogate: Twogate) -> None:
     result = twogate("--help")
     assert result.exit_code == 0
-    for word in (*COMMANDS, "Exit codes"):
+    for word in (*COMMANDS, "Exit codes", "130", "143"):
         assert word in result.stdout
 
 
@@ -46,6 +46,7 @@ def test_help_names_every_command_and_the_exit_codes(twogate: Twogate) -> None:
         ["bundle", "show"],
         ["bundle", "verify"],
         ["bundle", "diff"],
+        ["bundle", "import"],
     ],
 )
 def test_every_command_has_help_that_teaches(twogate: Twogate, command: list[str]) -> None:
@@ -54,6 +55,14 @@ def test_every_command_has_help_that_teaches(twogate: Twogate, command: list[str
     if command != ["bundle", "list"]:
         assert f"twogate {' '.join(command)} " in result.stdout.split("Usage:")[1].partition("\n")[2], "no example"
     assert "[bold]" not in result.stdout
+
+
+def test_help_on_a_terminal_without_unicode(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    for command in ([], ["recalibrate"], ["bundle"]):
+        result = process(*command, "--help")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "Usage:" in result.stdout
 
 
 def test_no_command_and_an_unknown_command_are_wrong_usage(twogate: Twogate) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from model_store import recalibrate as module
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.calibration import Calibration
 from model_store.honest import KINDS
@@ -16,7 +17,7 @@ from model_store.revise import revise
 from model_store.store import versions
 from tests.cli.conftest import Process, Twogate
 from tests.conftest import REPOSITORY
-from tests.support.tiny_bundle import smooth_images
+from tests.support.tiny_bundle import make_tiny_bundle, smooth_images
 
 
 @pytest.fixture
@@ -34,8 +35,9 @@ def test_it_publishes_and_says_what_is_promised(twogate: Twogate, own_store: Pat
     result = twogate("recalibrate", "tiny/1", "--data", scans, "--store", own_store)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{own_store / 'tiny/3'}\n"
-    skipped, calibrated, *budgets = result.stderr.splitlines()
+    skipped, note, calibrated, *budgets = result.stderr.splitlines()
     assert skipped.startswith(f"skipped {scans / 'note.txt'}: accepted are")
+    assert note == "note: made from tiny/1, though there is tiny/2, whose tasks and calibration are not in it"
     assert calibrated == "calibrated on 120 clean images; the smallest max_fpr is 0.0083"
     assert [line.strip() for line in budgets] == [
         "max_fpr 0.001 needs 999 images",
@@ -45,6 +47,21 @@ def test_it_publishes_and_says_what_is_promised(twogate: Twogate, own_store: Pat
     verify_bundle(own_store / "tiny/3")
     manifest = load_bundle(own_store / "tiny/3").manifest
     assert (manifest.calibration.n, manifest.calibration.source) == (120, "120 clean images, the folder scans")
+
+
+def test_what_was_published_meanwhile_is_not_lost(
+    twogate: Twogate, own_store: Path, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: object, **options: object) -> object:
+        make_tiny_bundle(own_store)
+        return answer(*arguments, **options)  # type: ignore[arg-type]
+
+    answer = module.answer_files
+    monkeypatch.setattr(module, "answer_files", slow)
+    result = twogate("recalibrate", "tiny", "--data", scans, "--store", own_store)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("twogate: tiny/3 was published meanwhile")
+    assert versions(own_store, "tiny") == [1, 2, 3]
 
 
 def test_it_says_what_being_quiet_on_changes_leaves(twogate: Twogate, own_store: Path, scans: Path) -> None:

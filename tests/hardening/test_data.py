@@ -12,7 +12,7 @@ from PIL import Image
 from hardening.data import DataError, Dataset, batches, prepare, prepared_name, spread
 from hardening.recipe import Splits
 from model_store.bundle import load_bundle
-from model_store.folder import MAX_FILE_BYTES
+from model_store.folder import MAX_FILE_BYTES, FolderError
 from model_store.pixels import PixelRule, decode
 from service.engine.local import LocalGate
 from tests.hardening.conftest import Interrupted, InterruptingBars, QuietBars
@@ -110,7 +110,7 @@ def test_hidden_folders_are_no_classes_and_hold_no_data(tmp_path: Path) -> None:
 def test_a_class_that_no_manifest_could_name_is_refused(tmp_path: Path) -> None:
     root = write_patterns(tmp_path / "root", train=24, test=5)
     (root / "train" / "class0").rename(root / "train" / os.fsdecode(b"class\xff"))
-    with pytest.raises(DataError, match="cannot be a class"):
+    with pytest.raises(FolderError, match="cannot be a class"):
         read(root, tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*"))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from hardening.heads import (
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.folder import FolderError
 from model_store.manifest import MODEL_FILE, Branch, Manifest
-from model_store.store import versions
+from model_store.store import StoreError, versions
 from model_store.tasks import TaskHead
 from tests.conftest import REPOSITORY
 from tests.support.tiny_bundle import make_tiny_bundle
@@ -301,6 +302,13 @@ def test_folders_of_classes_without_train(digits: Path) -> None:
     assert labelled(digits).classes == ("0", "1")
 
 
+def test_a_test_class_written_in_another_way_is_named(digits: Path) -> None:
+    (digits / "train/0").rename(digits / "train/caf\u00e9")
+    (digits / "test/0").rename(digits / "test/cafe\u0301")
+    with pytest.raises(FolderError, match="their names look the same"):
+        labelled(digits)
+
+
 def test_pictures_without_classes_make_none(digits: Path) -> None:
     """Of train/*.jpg and test/*.jpg, as other commands take them, a head once told train from test."""
     for place in ("train", "test"):
@@ -328,7 +336,7 @@ def test_what_cannot_be_trained_on_is_refused_and_nothing_published(tiny: Path, 
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "two or more folders.*none")
     refused(write_digits(tmp_path / "one", train=20, test=0, classes=1), "two or more folders.*only 0")
-    refused(write_digits(tmp_path / "few", train=4, test=0, classes=3), "'0' has 4 usable images and needs at least 5")
+    refused(write_digits(tmp_path / "few", train=4, test=0, classes=3), "'0' has 4 files and needs at least 5")
     stranger = write_digits(tmp_path / "stranger", train=20, test=5, classes=2)
     (stranger / "test" / "1").rename(stranger / "test" / "9")
     refused(stranger, "class '9'")
@@ -338,6 +346,45 @@ def test_what_cannot_be_trained_on_is_refused_and_nothing_published(tiny: Path, 
     refused(broken, "5 of 40 files are no usable images", FolderError)
     assert versions(store, "tiny") == [1]
     assert [entry.name for entry in tiny.parent.iterdir()] == ["1"]
+
+
+def test_what_must_fail_fails_before_anything_is_embedded(tiny: Path, digits: Path, tmp_path: Path) -> None:
+    begun = list[int]()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError, match=r"cannot be written \(.*\); copy the bundle's folder"):
+        add_head(load_bundle(tiny), tmp_path / "file", "digits", digits, begin=begun.append)
+    for file in sorted((digits / "train/1").iterdir())[4:]:
+        file.unlink()
+    with pytest.raises(HeadError, match="'1' has 4 files"):
+        add_head(load_bundle(tiny), tiny.parents[1], "digits", digits, begin=begun.append)
+    assert not begun
+
+
+def test_copies_of_a_picture_count_once(tiny: Path, digits: Path) -> None:
+    once = add_head(load_bundle(tiny), tiny.parents[1], "digits", digits)
+    for file in sorted((digits / "train/1").iterdir())[:20]:
+        shutil.copy(file, file.with_name(f"z-{file.name}"))
+    shutil.copy(file, digits / "test/1")
+    twice = add_head(load_bundle(tiny), tiny.parents[1], "digits", digits)
+    assert (once.copies, twice.copies) == (0, 21)
+    first, second = (load_bundle(one.place).manifest.provenance["revisions"][-1] for one in (once, twice))
+    assert first["images"] == second["images"]
+    assert second["copies"] == 21
+    for file in sorted((digits / "train/2").iterdir())[4:]:
+        file.unlink()
+    shutil.copy(next((digits / "train/2").iterdir()), digits / "train/2/z.png")
+    with pytest.raises(HeadError, match="'2' has 4 different usable images and needs at least 5"):
+        add_head(load_bundle(tiny), tiny.parents[1], "digits", digits)
+
+
+@pytest.mark.parametrize("place", ["train/2", "test/2"])
+def test_a_picture_of_two_classes_is_refused(tiny: Path, digits: Path, place: str) -> None:
+    file = sorted((digits / "train/1").iterdir())[0]
+    shutil.copy(file, digits / place / "other.png")
+    said = f"{place}/other.png is the same picture as .*train/1/{file.name}, and cannot be both '2' and '1'"
+    with pytest.raises(HeadError, match=said):
+        add_head(load_bundle(tiny), tiny.parents[1], "digits", digits)
+    assert versions(tiny.parents[1], "tiny") == [1]
 
 
 def test_a_few_files_that_are_no_images_are_skipped(tiny: Path, digits: Path) -> None:

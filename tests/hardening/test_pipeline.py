@@ -27,7 +27,7 @@ from hardening.measure.suite import Plan
 from hardening.pipeline import RunError, harden
 from hardening.recipe import EncoderSpec, Finetune, Pretrain, RecipeError, load_recipe
 from model_store.bundle import load_bundle, verify_bundle
-from model_store.store import versions
+from model_store.store import StoreError, versions
 from tests.conftest import REPOSITORY
 from tests.hardening.conftest import Interrupted, QuietBars
 from tests.support.patterns import patterns, write_patterns, write_pictures
@@ -154,17 +154,9 @@ def test_a_finished_run_needs_its_weights_files_no_more(tmp_path: Path) -> None:
         pass
 
 
-def test_trying_a_store_leaves_no_trace(tmp_path: Path) -> None:
-    pipeline._try_store(tmp_path / "a" / "b" / "store", "tiny")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "a").mkdir()
-    pipeline._try_store(tmp_path / "a" / "b", "tiny")
-    assert [entry.name for entry in tmp_path.rglob("*")] == ["a"]
-
-
 def test_a_store_that_cannot_be_written_is_refused_before_hours_of_training(killed: Killed, tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(StoreError, match="cannot be written"):
         again(killed, store=tmp_path / "store", run=tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
 

@@ -89,8 +89,15 @@ def test_a_missing_file_is_refused_by_name(bundle: Path, name: str) -> None:
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no bundle"):
+    with pytest.raises(BundleError, match=r"/nothing: manifest\.json: cannot be read \(No such file"):
         load_bundle(tmp_path / "nothing")
+
+
+def test_a_refusal_says_which_bundle(bundle: Path) -> None:
+    (bundle / "card.md").write_text("changed")
+    for read in (load_bundle, verify_bundle):
+        with pytest.raises(BundleError, match=r"^tiny/1: card\.md: its sha256"):
+            read(bundle)
 
 
 @pytest.mark.parametrize("name", [MANIFEST_FILE, MODEL_FILE, "card.md"])

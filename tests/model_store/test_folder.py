@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from model_store import folder as folder_module
 from model_store.bundle import load_bundle
-from model_store.folder import FolderError, answer_files, files_below
+from model_store.folder import FolderError, answer_files, class_names, files_below
 from model_store.pixels import PixelRule
 from model_store.session import GateOutputs, GateSession
 from tests.support.tiny_bundle import smooth_images
@@ -31,6 +32,39 @@ def pictures(tmp_path: Path) -> Path:
 def test_hidden_files_and_folders_are_not_meant(pictures: Path) -> None:
     found = [str(file.relative_to(pictures)) for file in files_below(pictures)]
     assert found == [f"{n:02}.png" for n in range(0, 40, 2)] + [f"b/{n:02}.png" for n in range(1, 40, 2)]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read every folder, so the system's refusal is played."""
+
+    def scandir(place: Any) -> Any:
+        if Path(place) == pictures / "b":
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError) as refused:
+        list(files_below(pictures))
+    assert refused.value.filename == str(pictures / "b")
+    assert list(files_below(pictures / "nowhere")) == []
+
+
+@pytest.mark.parametrize("name", ["tab\there", "line\nbreak", "bad\udcff", "line\u2028break", "paragraph\u2029break"])
+def test_a_name_that_breaks_lines_is_no_class(name: str) -> None:
+    with pytest.raises(FolderError, match="cannot be a class"):
+        class_names(["cat", name])
+
+
+def test_names_of_all_scripts_are_classes() -> None:
+    class_names(
+        ["\u0645\u06cc\u200c\u0634\u0648\u062f", "\u0915\u094d\u200d\u0937", "\u5c71\u3000\u5ddd", "caf\u00e9", "cafe"]
+    )
+
+
+def test_two_names_that_look_the_same_are_refused() -> None:
+    with pytest.raises(FolderError, match=r"'cafe\\u0301' and 'caf\\xe9' cannot be two classes"):
+        class_names(["caf\u00e9", "cafe\u0301"])
 
 
 def test_answers_come_in_the_order_of_the_files(tiny_bundle: Path, pictures: Path) -> None:

@@ -61,6 +61,14 @@ def test_another_schema_is_refused_before_anything_else(data: bytes) -> None:
     assert "schema version" in reason(data)
 
 
+def test_a_manifest_of_a_newer_program_says_so(sealed: bytes) -> None:
+    newer = "made by a newer Twogate? Update this one"
+    assert newer in reason(b'{"schema_version": 2}')
+    assert newer in reason(resealed(sealed, surprise=1))
+    assert newer not in reason(b'{"schema_version": 0}')
+    assert newer not in reason(resealed(sealed, embedding_dim=0))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -17,7 +17,7 @@ from model_store.pixels import PixelRule, to_input
 from model_store.recalibrate import recalibrate
 from model_store.revise import revise
 from model_store.session import GateSession
-from model_store.store import versions
+from model_store.store import StoreError, versions
 from tests.support.tiny_bundle import make_tiny_bundle, noisy_images, smooth_images
 
 RULE = PixelRule(height=32, width=32)
@@ -127,6 +127,9 @@ def test_the_card_and_the_record_say_so(old: Path, tmp_path: Path) -> None:
     card = (done.place / "card.md").read_text()
     assert "## Recalibrated on scans" in card
     assert "From tiny/1" in card
+    assert (
+        "Rates of false alarms and of\ndetected attacks that were measured above held for the calibration of before." in card
+    )
     assert "smallest\nmax_fpr that they support is 0.0083" in card
     (revision,) = load_bundle(done.place).manifest.provenance["revisions"]
     assert (revision["recalibrated_on"], revision["images"], revision["skipped"]) == ("scans", 120, 0)
@@ -154,6 +157,14 @@ def test_too_few_images_are_refused(old: Path, tmp_path: Path) -> None:
     assert versions(store, "tiny") == [1]
     assert recalibrate(bundle, store, small, allow_small=True).calibration.n == 98
     assert recalibrate(bundle, store, write(domain(99, 1), tmp_path / "enough")).place.name == "3"
+
+
+def test_a_store_that_takes_nothing_is_refused_before_anything_is_scored(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    folder, begun = write(domain(99, 1), tmp_path / "scans"), list[int]()
+    with pytest.raises(StoreError, match=r"cannot be written \(.*\); copy the bundle's folder"):
+        recalibrate(load_bundle(old), tmp_path / "file", folder, begin=begun.append)
+    assert not begun
 
 
 def test_copies_of_a_picture_say_no_more_than_it_does(old: Path, tmp_path: Path) -> None:

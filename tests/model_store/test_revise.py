@@ -12,8 +12,8 @@ from model_store.bundle import load_bundle, verify_bundle
 from model_store.calibration import Calibration
 from model_store.errors import BundleError
 from model_store.manifest import MODEL_FILE
-from model_store.revise import StoreError, revise
-from model_store.store import Publication, publishing, versions
+from model_store.revise import revise
+from model_store.store import Publication, StoreError, publishing, versions
 from tests.conftest import REPOSITORY
 from tests.support.tiny_bundle import make_tiny_bundle
 
@@ -58,6 +58,35 @@ def test_revisions_are_on_record_one_after_another(old: Path) -> None:
     assert provenance["seed"] == 0
     assert [(one["from"], one["why"]) for one in provenance["revisions"]] == [("tiny/1", "a test"), ("tiny/2", "a test")]
     assert provenance["revisions"][0]["digest"] == load_bundle(old).manifest.digest
+
+
+def test_what_another_one_published_meanwhile_is_not_lost(old: Path) -> None:
+    assert again(old, only_newest=True).name == "2"
+    with pytest.raises(StoreError, match=r"tiny/2 was published meanwhile.* run this again, or name tiny/1"):
+        again(old, only_newest=True)
+    assert versions(old.parents[1], "tiny") == [1, 2]
+    assert again(old).name == "3"
+
+
+def test_of_two_at_once_that_start_from_the_newest_one_is_refused(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one takes the number between the look at the store and the move into place."""
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        again(old)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(StoreError, match="tiny/2 was published meanwhile"):
+        again(old, only_newest=True)
+    assert versions(old.parents[1], "tiny") == [1, 2]
+
+
+def test_a_file_in_the_way_is_named(old: Path) -> None:
+    (old.parent / "2").write_text("in the way")
+    with pytest.raises(StoreError, match="/tiny/2 is in the way"):
+        again(old)
 
 
 def test_a_signature_is_not_taken_along(old: Path) -> None:

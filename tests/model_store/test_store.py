@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from model_store.bundle import verify_bundle
 from model_store.errors import BundleError
 from model_store.manifest import MANIFEST_FILE, parse_manifest
-from model_store.store import names, publishing, resolve, versions
+from model_store.store import StoreError, names, publishing, resolve, try_store, versions
 from tests.support.tiny_bundle import make_tiny_bundle
 
 
@@ -26,8 +28,9 @@ def test_versions_count_up(tmp_path: Path) -> None:
 
 
 def test_versions_sort_as_numbers(tmp_path: Path) -> None:
-    for name in ("2", "10", "9"):
+    for name in ("2", "9"):
         (tmp_path / "b" / name).mkdir(parents=True)
+    assert make_tiny_bundle(tmp_path, "b").name == "10"
     assert versions(tmp_path, "b") == [2, 9, 10]
     assert resolve(tmp_path, "b").name == "10"
 
@@ -45,6 +48,27 @@ def test_resolve_finds_newest_or_named(tmp_path: Path) -> None:
         make_tiny_bundle(tmp_path)
     assert resolve(tmp_path, "tiny") == tmp_path / "tiny/2"
     assert resolve(tmp_path, "tiny/1") == tmp_path / "tiny/1"
+
+
+@pytest.mark.parametrize("place", ["tiny/9", "mine/1"])
+def test_a_bundle_under_another_name_or_number_is_refused(tmp_path: Path, place: str) -> None:
+    shutil.copytree(make_tiny_bundle(tmp_path), tmp_path / place)
+    said = f"{place}: the folder holds tiny/1, and a bundle keeps .* `twogate bundle import FOLDER`"
+    for wanted in (place, place.partition("/")[0]):
+        with pytest.raises(BundleError, match=said):
+            resolve(tmp_path, wanted)
+    assert resolve(tmp_path, "tiny/1") == tmp_path / "tiny/1"
+
+
+def test_a_stray_folder_with_the_highest_number_is_named(tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path)
+    (tmp_path / "tiny/20250101").mkdir()
+    with pytest.raises(BundleError) as refused:
+        resolve(tmp_path, "tiny")
+    assert str(refused.value) == (
+        "tiny/20250101: manifest.json: cannot be read (No such file or directory); that is the highest number, "
+        "there are also tiny/1"
+    )
 
 
 @pytest.mark.parametrize("wanted", ["", ".", "..", "/", "/etc", "../store/tiny", "missing", "tiny\0", "Tiny"])
@@ -133,9 +157,31 @@ def test_concurrent_publishers_get_a_version_each(tmp_path: Path) -> None:
 def test_a_file_in_the_way_of_a_version_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "1").write_text("in the way")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(StoreError, match=r"/tiny/1 is in the way, and is no version: move it elsewhere"):
         make_tiny_bundle(tmp_path)
     assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["1"]
+
+
+def test_trying_a_store_leaves_no_trace(tmp_path: Path) -> None:
+    try_store(tmp_path / "a" / "b" / "store", "tiny")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    try_store(tmp_path / "a" / "b", "tiny")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["a"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match=r"file cannot be written \(.*\); wait"):
+        try_store(tmp_path / "file", "tiny", "wait")
+
+
+def test_what_was_left_a_day_ago_is_swept(tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path)
+    for name, hours in ((".incoming-old", 25), (".incoming-new", 23), (".other", 25)):
+        left = tmp_path / "tiny" / name
+        left.mkdir()
+        (left / "model.onnx").write_bytes(b"half")
+        os.utime(left, times=(time.time() - 3600 * hours,) * 2)
+    make_tiny_bundle(tmp_path)
+    assert sorted(entry.name for entry in (tmp_path / "tiny").iterdir()) == [".incoming-new", ".other", "1", "2"]
 
 
 def test_two_publishers_at_once_where_one_gives_up(tmp_path: Path) -> None:

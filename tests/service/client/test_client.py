@@ -82,6 +82,22 @@ def test_keys(make_settings: Callable[..., Settings], photo: bytes) -> None:
         assert TwogateClient(server.url, key="wrong").scan(photo).outcome is Outcome.UNAVAILABLE
 
 
+def test_white_space_around_a_key_does_not_count(make_settings: Callable[..., Settings], photo: bytes) -> None:
+    with thread_server(make_settings(api_keys="secret")) as server:
+        assert TwogateClient(server.url, key=" secret\n").scan(photo).outcome is Outcome.CLEAN
+
+
+@pytest.mark.parametrize("key", ["one\ntwo", "sch\u00fcssel", "\u20ac", "a\x00b"])
+def test_a_key_that_cannot_be_sent_is_refused_at_once(key: str) -> None:
+    with pytest.raises(ValueError, match=r"^the gate's key must be printable ASCII, on one line$"):
+        TwogateClient("http://twogate:8000", key=key)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+def test_a_host_that_can_be_no_name_is_the_operators_mistake(host: str, photo: bytes) -> None:
+    assert TwogateClient(f"http://{host}").scan(photo).outcome is Outcome.UNAVAILABLE
+
+
 def test_a_gate_without_bundle_is_unavailable(make_settings: Callable[..., Settings], tmp_path: Path, photo: bytes) -> None:
     with thread_server(make_settings(store=tmp_path)) as server:
         answer = TwogateClient(server.url).scan(photo)
@@ -112,10 +128,40 @@ def test_another_server_is_never_taken_for_a_clean_verdict(status: int, body: by
         assert TwogateClient(url).scan(photo).outcome is Outcome.UNAVAILABLE
 
 
+@pytest.mark.parametrize("body", [b"<html>too large</html>", b"{}", b"[]", b"", b"[" * 100_000])
+def test_what_a_proxy_finds_too_large_is_refused_and_not_passed(body: bytes, photo: bytes) -> None:
+    with answering(413, body) as url:
+        answer = TwogateClient(url).scan(photo)
+    assert (answer.outcome, answer.status) == (Outcome.REFUSED, 413)
+    assert json.loads(answer.body) == {"type": "/problems/body-too-large", "status": 413}
+
+
+def test_an_answer_before_the_upload_is_over_is_heard(photo: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            connection.recv(100)
+            connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+            connection.shutdown(socket.SHUT_WR)
+            connection.close()
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        answer = TwogateClient(f"http://127.0.0.1:{listener.getsockname()[1]}").scan(bytes(30_000_000))
+        thread.join()
+    assert answer.outcome is Outcome.REFUSED
+
+
 @pytest.mark.parametrize("url", ["twogate:8000", "ftp://twogate", "http://", "http://twogate?x=1", "http://me:pw@twogate"])
 def test_odd_urls(url: str) -> None:
     with pytest.raises(ValueError, match="URL"):
         TwogateClient(url)
+
+
+def test_a_path_that_is_no_ascii() -> None:
+    with pytest.raises(ValueError, match="%-encoded"):
+        TwogateClient("http://twogate/pr\u00fcfen")
 
 
 def test_the_folder_stands_alone_under_any_name(tmp_path: Path) -> None:
