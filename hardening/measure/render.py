@@ -363,7 +363,7 @@ def _knowing(numbers: _Numbers, page: _Page) -> None:
         "Targets at 0.05: grey box at most 20 %, white box below 50 %. Two aim at something else: T6 moves the returned "
         "embedding without being flagged, and is read by kNN accuracy; T9 wants a flag on a picture whose class stays. Every "
         "attack: a picture counts where one of them succeeds, as for an attacker who tries them all (older records do not "
-        "say)."
+        "say). Behind an @ stand the steps, where they are not those of the size."
     )
     header = ["task", "attack", "eps", "images", "robust_acc, %", "kNN accuracy, %", "AUROC", "flagged at 0.05, %"]
     header += ["success at 0.01, %", "success at 0.05, %"]
