@@ -39,7 +39,11 @@ def evaluate(
         ),
     ] = "none",
     convergence: Annotated[
-        bool, typer.Option("--convergence", help="Also make each attack with an eighth, a quarter and half of its steps.")
+        bool,
+        typer.Option(
+            "--convergence",
+            help="Also make each attack, those of --adaptive too, with an eighth, a quarter and half of its steps.",
+        ),
     ] = False,
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Other detectors on the same attacked images, BEYOND among them.")
@@ -58,7 +62,7 @@ def evaluate(
             "are attacked together."
         ),
     ] = None,
-    epsilons: Annotated[str, typer.Option(help="L-infinity budgets in 1/255, comma-separated.")] = "8,10",
+    epsilons: Annotated[str, typer.Option(help="L-infinity budgets in 1/255, whole numbers, comma-separated.")] = "8,10",
     seeds: Annotated[str, typer.Option(help="Of the attacks, comma-separated.")] = "0,1,2",
     workers: Annotated[int, typer.Option(min=1, help="Tasks side by side, one core each.")] = 1,
     store: Store = None,
@@ -113,7 +117,12 @@ def attack(
     name: Annotated[
         str, typer.Option("--attack", help="pgd, targeted, uap, per, pat, pap-base, pap-fuse, pap-ugs, ssp, noise.")
     ] = "pgd",
-    epsilon: Annotated[float, typer.Option(min=0, max=64, help="L-infinity budget in 1/255; a patch has none.")] = 10.0,
+    epsilon: Annotated[
+        int,
+        typer.Option(
+            min=1, max=64, help="L-infinity budget in 1/255, a whole number: pictures have 8 bits; a patch has none."
+        ),
+    ] = 10,
     images: Annotated[int, typer.Option(min=1, help="How many pictures, drawn with the seed.")] = 20,
     size: _Size = "small",
     seed: Annotated[int, typer.Option(min=0)] = 0,

@@ -435,7 +435,8 @@ def joint_targeted(
 ) -> Tensor:
     """T3: bring all branches to the same wrong class, the fused model's most likely one: they agree and are all confident.
 
-    A branch that is convinced is left, and effort goes to the others.
+    A branch that is convinced is left, and effort goes to the others. Of the targets that methods 7.3 name this is the first;
+    the other choice, five random classes, is not tried.
     """
     campaign = Campaign.open(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, restarts=restarts)
     if patch:
@@ -458,7 +459,12 @@ def penalised(
     aim: Aim = "margin",
     lambdas: Sequence[float] | None = None,
 ) -> Tensor:
-    """T4: the fused logits' margin less lambda times the score's excess over the threshold; best lambda for each image."""
+    """T4: the fused logits' margin less lambda times the score's excess over the threshold; best lambda for each image.
+
+    Methods 7.3 search lambda by bisection, image by image. Here each image is attacked with every value of the grid, and its
+    best result kept: success need not be monotone in lambda, which bisection takes for granted. With `aim="distance"` this is
+    part of T6.
+    """
     campaign = Campaign.open(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, restarts=restarts)
     damage, judge = campaign.aim_at(aim)
 

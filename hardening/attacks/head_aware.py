@@ -1,7 +1,10 @@
 """Attacks through a task's heads that ignore the flag: what robust accuracy means when the attacker knows everything.
 
 `auto_attack_without_fab` holds the parts of AutoAttack (Croce and Hein 2020) that matter most: APGD with cross-entropy, APGD
-with the targeted DLR loss, and Square. Written here because torchattacks, which has them, pins a `requests` of 2021.
+with the targeted DLR loss, and Square. Written here because no package fits: `autoattack` is not on PyPI; torchattacks 3.5.1
+pins a `requests` of 2021; pyautoattack 0.2.0 (December 2024, no release since) raises IndexError below four classes, seeds
+torch's global generator, and judges candidates before they are rounded to 8 bits. FAB, which looks for the smallest
+perturbation that is enough, is missing.
 """
 
 from __future__ import annotations

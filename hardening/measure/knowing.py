@@ -89,6 +89,13 @@ def check_budgets(names: tuple[str, ...], calibration: Calibration) -> None:
         threshold(calibration, _Aim.read(name).fpr)
 
 
+def fewer_steps(name: str, steps: int, share: float) -> str:
+    """The name of the same attack with a share of its steps, at least one; `steps` are those of a name that says none."""
+    aim = _Aim.read(name)
+    kind = name.removesuffix(f"@{aim.steps}") if aim.steps else name
+    return f"{kind}@{max(1, round(share * (aim.steps or steps)))}"
+
+
 def threshold(calibration: Calibration, budget: float) -> float:
     """The largest score that is not flagged at a budget. BudgetTooSmall where every score passes it."""
     calibration.require_budget(budget)

@@ -27,6 +27,9 @@ UNIVERSAL = ("uap", "per", "pat", "pap-base", "pap-fuse", "pap-ugs", "ssp")
 PER_IMAGE = ("pgd", TARGETED)
 OBLIVIOUS = (*PER_IMAGE, *UNIVERSAL)
 ATTACKS = (NOISE, *OBLIVIOUS)
+FLOOR = {**dict.fromkeys(PER_IMAGE, 0.5), **dict.fromkeys(UNIVERSAL, 0.2)}
+"""What share of the undefended victim's answers an attack has to change before a defence that stands it has shown anything:
+half where each image has an attack of its own, a fifth where one perturbation or patch has to do for all."""
 
 
 class AttackError(TwogateError):

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_curve
 
 from hardening.files import write_atomically
 from hardening.measure.baselines import BASELINES
-from hardening.measure.oblivious import ATTACKS, NOISE, OBLIVIOUS
+from hardening.measure.oblivious import ATTACKS, FLOOR, NOISE, OBLIVIOUS
 from hardening.measure.records import CLEAN, Record, mean_and_spread
 from hardening.measure.rivals import FORWARDS, OWN_FORWARDS
 from hardening.measure.sizes import SIZES
@@ -27,7 +27,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 _SHOWN = ("#2a6f97", "#c1121f", "#f4a261", "#6a994e", "#7b2cbf", "#8a8a8a", "#bc6c25", "#219ebc", "#ff006e", "#283618")
-_TARGET_RATIO, _TARGET_TPR = 0.9, {0.01: 0.95, 0.001: 0.8}
+_TARGET_RATIO, _TARGET_AUROC, _TARGET_TPR = 0.9, 0.99, {"0.001": 0.8, "0.01": 0.95}
+_LEVEL = 1e-9
+"""Means that are this near are the same but for the order in which they were summed."""
 _AVERAGE = "three branches, plain average"
 _FAMILIES = {
     "PGD": ("pgd", "targeted"),
@@ -125,6 +127,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     numbers, page = _Numbers(records), _Page(out)
     _origin(numbers, page)
     _accuracy(numbers, page)
+    _strength(numbers, page)
     _persistence(numbers, page)
     _defences(numbers, page)
     _detection(numbers, page)
@@ -171,8 +174,51 @@ def _accuracy(numbers: _Numbers, page: _Page) -> None:
     page.table(["system", *numbers.tasks], [*rows, ["target", *verdict]])
 
 
-def _verdict(value: float, least: float) -> str:
-    return "met" if value >= least else f"missed by {100 * (least - value):.1f}"
+def _verdict(value: float, least: float, *, scale: float = 100) -> str:
+    """A tie is met; what rounds to nothing is not said to be missed by nothing."""
+    if value >= least - _LEVEL:
+        return "met"
+    digits = 1 if scale == 100 else 3
+    missing, smallest = scale * (least - value), 10.0**-digits
+    return f"missed by {missing:.{digits}f}" if missing >= smallest / 2 else f"missed by less than {smallest:g}"
+
+
+def _strength(numbers: _Numbers, page: _Page) -> None:
+    rows = []
+    for task in numbers.tasks:
+        for attack in (a for a in numbers.attacks if a in FLOOR):
+            for epsilon in numbers.epsilons:
+                key = (UNDEFENDED, task, attack, epsilon)
+                rates = numbers.values("fooling_rate", *key)
+                if not rates:
+                    continue
+                noise = numbers.values("fooling_rate", UNDEFENDED, task, NOISE, epsilon)
+                rate = mean_and_spread(rates)[0]
+                # What random signs do as well is no attack, whatever its rate.
+                weak = rate < FLOOR[attack] - _LEVEL or (noise and rate <= mean_and_spread(noise)[0])
+                rows.append(
+                    [
+                        task,
+                        attack,
+                        f"{epsilon:g}",
+                        _cell(rates),
+                        _cell(noise),
+                        numbers.cell("clean_acc", UNDEFENDED, task, CLEAN),
+                        numbers.cell("robust_acc", *key),
+                        "weak here: its other rows prove little" if weak else "reached",
+                    ]
+                )
+    if not rows:
+        return
+    page.heading(2, "Strength of the attacks: what they do to the undefended victim")
+    page.text(
+        "An attack that hardly troubles the undefended victim proves little of a defence that stands it. Floor: it changes "
+        f"at least {100 * FLOOR['pgd']:g} % of the victim's answers where each image has an attack of its own, "
+        f"{100 * FLOOR['uap']:g} % where one perturbation or patch is for all; and more than random signs of the same "
+        "budget do, where these were measured."
+    )
+    header = ["task", "attack", "eps", "answers changed, %", "by noise, %", "victim's clean_acc, %", "victim's robust_acc, %"]
+    page.table([*header, "floor"], rows)
 
 
 def _persistence(numbers: _Numbers, page: _Page) -> None:
@@ -198,7 +244,9 @@ def _defences(numbers: _Numbers, page: _Page) -> None:
             f"{', '.join(numbers.baselines)}: one encoder each, trained from the public victim on the first task's images, "
             "by the budget of the bundle's recipe, and a head for each task."
         )
-    page.text(f"Mean over a family's attacks and budgets. Target: {GUARDED} above every other column.")
+    page.text(
+        f"Mean over a family's attacks and budgets. Target: {GUARDED} above every other column; a tie passes, and is said."
+    )
     beside = [_AVERAGE, *numbers.baselines]
     rows = []
     for task in numbers.tasks:
@@ -213,8 +261,11 @@ def _defences(numbers: _Numbers, page: _Page) -> None:
                 continue
             row = [f"{100 * means[s]:.1f}" if s in means else "-" for s in [GUARDED, *beside]]
             best = max((s for s in beside if s in means), key=lambda s: means[s])
-            ahead = means[GUARDED] - means[best]
-            verdict = "met" if ahead > 0 else f"missed by {abs(100 * ahead):.1f} ({best})"
+            verdict = _verdict(float(means[GUARDED]), float(means[best]))
+            if verdict != "met":
+                verdict += f" ({best})"
+            elif means[GUARDED] - means[best] <= _LEVEL:
+                verdict += f", level with {best}"
             rows.append([task, family, *row, verdict if len(means) == len(found) else "-"])
     page.table(["task", "attacks", GUARDED, *beside, "target"], rows)
 
@@ -222,32 +273,45 @@ def _defences(numbers: _Numbers, page: _Page) -> None:
 def _detection(numbers: _Numbers, page: _Page) -> None:
     page.heading(2, "Detection of attacks on the public victim")
     page.text(
-        "Thresholds: the bundle's calibration, fixed before any attack. Target: 95 % at 0.01, 80 % at 0.001, AUROC 0.99."
+        "Thresholds are fixed on clean images before any attack: the bundle's calibration as it ships, and recalibrated to "
+        f"clean images of the task. Target: AUROC {_TARGET_AUROC}, which needs no threshold; "
+        + ", ".join(f"{100 * least:g} % at {budget}" for budget, least in _TARGET_TPR.items())
+        + ". On a domain that the bundle was not calibrated on, the recalibrated table is what its operator has, so that "
+        "one is judged where it has the images for a budget, else the bundle's. Each verdict says which."
     )
     header = ["task", "attack", "eps", "AUROC", "flagged at 0.001, %", "at 0.01, %", "at 0.05, %", "of fooled, at 0.01, %"]
-    header += ["recalibrated, at 0.01, %", "target at 0.01"]
+    header += ["recalibrated, at 0.001, %", "recalibrated, at 0.01, %", "target AUROC"]
+    header += [f"target at {budget}" for budget in _TARGET_TPR]
     rows = []
     for task in numbers.tasks:
         for attack in (a for a in numbers.attacks if a in OBLIVIOUS):
             for epsilon in numbers.epsilons:
                 key = (task, attack, epsilon)
-                # On a domain that the bundle was not calibrated on, the recalibrated table is what its operator has.
-                found = numbers.values("tpr@0.01", "recalibrated", *key)
-                if not numbers.values("auroc", "detector", *key):
+                auroc = numbers.values("auroc", "detector", *key)
+                if not auroc:
                     continue
                 rows.append(
                     [
                         task,
                         attack,
                         f"{epsilon:g}",
-                        numbers.cell("auroc", "detector", *key, scale=1),
+                        _cell(auroc, scale=1),
                         *(numbers.cell(f"tpr@{b}", "bundle's calibration", *key) for b in ("0.001", "0.01", "0.05")),
                         numbers.cell("tpr_fooled@0.01", "bundle's calibration", *key),
-                        numbers.cell("tpr@0.01", "recalibrated", *key),
-                        _verdict(mean_and_spread(found)[0], _TARGET_TPR[0.01]) if found else "-",
+                        *(numbers.cell(f"tpr@{b}", "recalibrated", *key) for b in ("0.001", "0.01")),
+                        _verdict(mean_and_spread(auroc)[0], _TARGET_AUROC, scale=1),
+                        *(_flagged_enough(numbers, budget, key) for budget in _TARGET_TPR),
                     ]
                 )
     page.table(header, rows)
+
+
+def _flagged_enough(numbers: _Numbers, budget: str, key: tuple[str, str, float]) -> str:
+    """The verdict on what is flagged at a budget, and by which table."""
+    for table in ("recalibrated", "bundle's calibration"):
+        if found := numbers.values(f"tpr@{budget}", table, *key):
+            return f"{_verdict(mean_and_spread(found)[0], _TARGET_TPR[budget])}, {table}"
+    return "-"
 
 
 def _rivals(numbers: _Numbers, page: _Page) -> None:
@@ -299,7 +363,7 @@ def _knowing(numbers: _Numbers, page: _Page) -> None:
         "Targets at 0.05: grey box at most 20 %, white box below 50 %. Two aim at something else: T6 moves the returned "
         "embedding without being flagged, and is read by kNN accuracy; T9 wants a flag on a picture whose class stays. Every "
         "attack: a picture counts where one of them succeeds, as for an attacker who tries them all (older records do not "
-        "say)."
+        "say). Behind an @ stand the steps, where they are not those of the size."
     )
     header = ["task", "attack", "eps", "images", "robust_acc, %", "kNN accuracy, %", "AUROC", "flagged at 0.05, %"]
     header += ["success at 0.01, %", "success at 0.05, %"]

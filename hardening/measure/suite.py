@@ -29,7 +29,7 @@ from hardening.graph import Graph
 from hardening.knn import knn_predict
 from hardening.measure.baselines import Baseline, fit_baseline, train_baseline
 from hardening.measure.changes import honest_changes
-from hardening.measure.knowing import attack_knowing, target_of
+from hardening.measure.knowing import attack_knowing, fewer_steps, target_of
 from hardening.measure.oblivious import NOISE, UNIVERSAL, craft, craft_universal, fingerprint, kept, load_universal
 from hardening.measure.records import CLEAN, Origin, Record, once
 from hardening.measure.rivals import Rival, fit_rivals
@@ -75,7 +75,7 @@ class Plan:
     baselines: tuple[str, ...]
     """Other defences, by name, trained from the same public victim."""
     convergence: bool
-    """Whether the attacks on the public victim are also made with less effort, for the first budget and seed."""
+    """Whether attacks are also made with less effort, for the first budget and seed."""
     epsilons: tuple[float, ...]
     seeds: tuple[int, ...]
     attackers: str
@@ -310,6 +310,9 @@ class _Room:
         """The adaptive suite, aimed at all of `known` together; measured on the bundle itself."""
         plan = self.plan
         cells = [(a, e, s) for a in plan.knowing for e in plan.epsilons for s in plan.seeds]
+        if plan.convergence:
+            less = [fewer_steps(a, self.size.adaptive_steps, share) for share in LESS_EFFORT for a in plan.knowing]
+            cells = list(dict.fromkeys([*cells, *((a, plan.epsilons[0], plan.seeds[0]) for a in less)]))
         # Another surrogate's numbers are others; the report shows their mean and spread.
         cell = " ".join((box, *(one.bundle.manifest.digest[:8] for one in known if one.bundle is not self.bundle)))
         with self.bars.task(f"{self.task.name}: {box}", len(cells)) as progress:

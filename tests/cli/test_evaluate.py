@@ -76,6 +76,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert re.fullmatch(rf"twogate: {re.escape(out)}/data/a/\w+: Not a directory\n", result.output)
 
 
+@pytest.mark.parametrize("epsilon", ["0", "0.5", "2.5", "65"])
+def test_a_budget_is_refused_by_the_option_that_declares_it(epsilon: str, tmp_path: Path) -> None:
+    options = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--epsilon", epsilon]
+    result = runner.invoke(app, ["attack", "photos", *options])
+    assert result.exit_code == 2
+    assert "--epsilon" in result.output
+
+
 def test_names() -> None:
     assert _names("all", ATTACKS) == ATTACKS
     assert _names("none", ATTACKS) == ()

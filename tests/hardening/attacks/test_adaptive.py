@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -154,6 +155,76 @@ def test_more_steps_or_restarts_are_worse_on_no_image(target: Target, batch: tup
         merits = merits[:2]
     for fewer, more in itertools.pairwise(merits):
         assert (more >= fewer - 1e-4).all()
+
+
+Rank = Callable[[Target, Tensor, Tensor, Tensor], Tensor]
+
+
+def by_margin(target: Target, found: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+    return 1e3 * judged(target, found, labels)[1] + margin(target.see(found).require_fused(), labels)
+
+
+def by_distance(target: Target, found: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+    seen = target.see(found)
+    return 1e3 * (seen.score <= target.threshold) + distance(seen.embedding, target.see(clean).embedding)
+
+
+def by_alarm(target: Target, found: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+    seen = target.see(found)
+    return 1e3 * ((seen.score > target.threshold) & (seen.require_fused().argmax(dim=1) == labels)) + seen.score
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("T6-penalised", by_distance),
+        ("T6-selective", by_distance),
+        ("T6-orthogonal", by_distance),
+        ("T9", by_alarm),
+        ("T10-T1", by_margin),
+        ("T10-T3", by_margin),
+    ],
+)
+def test_more_steps_are_worse_on_no_image_by_what_the_attack_wants(
+    target: Target, batch: tuple[Tensor, Tensor], name: str, rank: Rank
+) -> None:
+    images, labels = batch
+    ranks = [rank(target, images, images, labels)]
+    for steps in (1, 3, 12):
+        found = ADAPTIVE[name](target, images, labels, epsilon=EPSILON, steps=steps, generator=generator())
+        ranks.append(rank(target, found, images, labels))
+    # Fewer steps are the beginning of more, so nothing is allowed for but the last digits.
+    for fewer, more in itertools.pairwise(ranks):
+        assert (more >= fewer - 1e-4).all()
+    assert (ranks[3] > ranks[0] + 1e-3).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("name", ["T5-selective", "T5-orthogonal", "T9", "T10-T3"])
+def test_more_restarts_are_worse_on_no_image(target: Target, batch: tuple[Tensor, Tensor], name: str) -> None:
+    images, labels = batch
+    # Each is one search: several share the generator, and all but the first start elsewhere with more restarts.
+    one_level: Any = {"levels": (5.0,)} if name.startswith("T5") else {}
+    ranks = []
+    for restarts in (1, 4):
+        options = {"epsilon": EPSILON, "steps": 4, "restarts": restarts, **one_level}
+        found = ADAPTIVE[name](target, images, labels, generator=generator(), **options)
+        ranks.append((by_alarm if name == "T9" else by_margin)(target, found, images, labels))
+    assert (ranks[1] >= ranks[0] - 1e-4).all()
+    assert (ranks[1] > ranks[0] + 1e-4).any()
+
+
+def test_more_steps_make_no_weaker_universal_attack(target: Target, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    reached = []
+    for steps in (0, 1, 5, 20):
+        found = ensemble_universal(target, images, labels, epsilon=EPSILON, steps=steps, generator=generator())
+        merit = margin(target.see(found).require_fused(), labels)
+        reached.append((int(judged(target, found, labels)[1].sum()), float(merit.sum())))
+    # One delta for all: it is never weaker on them together, first by successes, and may be on one of them.
+    for fewer, more in itertools.pairwise(reached):
+        assert more[0] >= fewer[0]
+        assert more[0] > fewer[0] or more[1] >= fewer[1] - 1e-3
+    assert reached[3] > reached[0]
 
 
 def test_a_step_is_orthogonal_to_the_other_gradient() -> None:

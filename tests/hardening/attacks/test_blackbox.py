@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -80,6 +82,13 @@ def test_more_queries_are_never_worse_and_a_wider_ball_breaks_all(images: Images
     assert losses[0] == 1
     assert losses == sorted(losses, reverse=True)
     assert (square(service, images, epsilon=64, queries=1000, seed=0).loss <= 0).all()
+
+
+def test_more_queries_of_nes_are_worse_on_no_image(images: Images) -> None:
+    losses = [nes(Service(images, 1e9), images, epsilon=8, queries=queries, seed=0).loss for queries in (1, 50, 200, 400)]
+    # Fewer queries are the beginning of more, and the lowest loss is kept.
+    assert all((more <= fewer).all() for fewer, more in itertools.pairwise(losses))
+    assert (losses[3] < losses[0]).all()
 
 
 def test_nes_stays_in_the_ball_and_follows_the_gradient(images: Images) -> None:

@@ -89,6 +89,17 @@ def test_more_steps_or_restarts_are_worse_on_no_image(target: Target, batch: tup
     assert (reached[2] >= reached[1] - 1e-4).all()
 
 
+def test_more_steps_of_the_ensemble_break_no_fewer(target: Target, batch: tuple[Tensor, Tensor]) -> None:
+    broken = [
+        wrong(target, auto_attack_without_fab(target, *batch, epsilon=7 / 255, steps=s, generator=generator()), batch[1])
+        for s in (1, 4, 16)
+    ]
+    # Its step sizes follow their number, so more are another way and not a longer one: one picture of 16 may be missed.
+    assert broken[1] >= broken[0] - 1 / 16
+    assert broken[2] >= broken[1] - 1 / 16
+    assert broken[2] > broken[0]
+
+
 def test_both_losses_are_no_worse_than_the_first(target: Target, batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     one, both = (

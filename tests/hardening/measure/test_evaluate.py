@@ -301,13 +301,26 @@ def test_more_effort_is_a_stronger_attack(records: list[Record], out: Path) -> N
         # With its whole effort it is the attack that is measured above.
         assert rates[-1] == value(records, "fooling_rate", UNDEFENDED, name, 10.0)
         assert rates[-1] >= rates[0]
-    # The toy's UAP is one epoch at any effort; PGD has five steps.
+    # The toy's UAP is one epoch at any effort (its own test: tests/hardening/attacks/test_strength.py); PGD has five steps.
     assert rates_of("pgd")[-1] > rates_of("pgd")[0] + 0.1
     assert value(records, "fooling_rate@effort 0.125", UNDEFENDED, "pgd", 10.0) < 1
     assert not any(r.metric.startswith("fooling_rate@effort") for r in records if r.attack == "noise" or r.epsilon == 40)
     report = (out / "report.md").read_text()
     assert "| patterns: attack | effort 0.125 | effort 0.25 | effort 0.5 | effort 1 |" in report
     assert (out / "convergence-patterns.png").is_file()
+
+
+def test_more_steps_of_who_knows_the_method_succeed_no_less(records: list[Record], out: Path) -> None:
+    # An eighth and a quarter of five steps are one, a half two; on the bundle that is aimed at more are never worse.
+    for name in ("T5-selective", "T5-selective@mixture"):
+        made = {r.attack for r in records if r.attack.startswith(f"white box {name}@") and r.attack[-1].isdigit()}
+        assert made >= {f"white box {name}@1", f"white box {name}@2"}
+        assert not any(r.epsilon == 40 for r in records if r.attack in made)
+    steps = ("T5-selective@1", "T5-selective@2", "T5-selective")
+    success = [value(records, "success@0.05", "bundle's calibration", f"white box {name}", 10.0) for name in steps]
+    assert success == sorted(success)
+    value(records, "success@0.05", "bundle's calibration", "grey box T5-selective@2", 10.0)
+    assert "| patterns | white box T5-selective@2 | 10 |" in (out / "report.md").read_text()
 
 
 def test_heads_never_see_the_images_that_the_encoders_were_tuned_on(out: Path, toy_bundles: tuple[Path, Path]) -> None:

@@ -92,6 +92,20 @@ def test_a_name_may_say_how_many_steps(name: str, steps: int, monkeypatch: pytes
     assert taken == [steps]
 
 
+@pytest.mark.parametrize(
+    ("name", "share", "less"),
+    [
+        ("T3", 0.5, "T3@20"),
+        ("T4@mixture", 0.125, "T4@mixture@5"),
+        ("T5-selective@fpr0.2@200", 0.25, "T5-selective@fpr0.2@50"),
+        ("T2@3", 0.125, "T2@1"),
+    ],
+)
+def test_less_effort_is_fewer_steps_of_the_same(name: str, share: float, less: str) -> None:
+    assert knowing.fewer_steps(name, 40, share) == less
+    knowing.check_names((less,))
+
+
 @pytest.mark.parametrize(("name", "budget"), [("T5-selective", 0.05), ("T4@mixture@fpr0.2", 0.2), ("T3@fpr0.01@9", 0.01)])
 def test_a_name_may_say_which_budget_is_aimed_at(name: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     knowing.check_names((name,))
