@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import onnxruntime as ort
 import pytest
 
 from service.server import serve
 from service.settings import Settings
 from tests.service.support import ProcessServer, post_raw, process_server, wait_until
 from tests.support.tiny_bundle import make_tiny_bundle
+
+without_cuda = pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this machine can do it")
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def test_an_address_that_is_none_is_told_in_one_line(
     [
         ({"bundle": "nobody"}, "the store holds tiny"),
         ({"max_fpr": 0.0001}, "needs at least 9999 calibration images"),
-        ({"provider": "cuda"}, "allow_fallback"),
+        pytest.param({"provider": "cuda"}, "allow_fallback", marks=without_cuda),
     ],
 )
 def test_a_bundle_that_is_refused_ends_it_with_the_reason(
