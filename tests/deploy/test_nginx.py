@@ -76,7 +76,7 @@ def proxied(album: int, gate: ThreadServer, tmp_path: Path) -> Proxied:
             process = subprocess.Popen(command, stderr=file)
         try:
             wait_until(lambda: listening(port) or process.poll() is not None)
-            assert process.poll() is None, log.read_text()
+            assert process.poll() is None, log.read_text(encoding="utf-8")
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
                 yield client
         finally:

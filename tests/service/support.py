@@ -93,7 +93,7 @@ class ProcessServer:
     def start(self) -> None:
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
-        assert "http://" in self.line, self.log.read_text()
+        assert "http://" in self.line, self.log.read_text(encoding="utf-8")
         self.url = self.line.split(" on ")[1].split()[0]
 
     @property

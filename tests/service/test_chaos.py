@@ -97,6 +97,6 @@ def test_after_all_that_it_is_as_well_as_before(tmp_path: Path, tiny_bundle: Pat
         assert "twogate_forward_failures_total 0.0" in client.get("/metrics").text
         server.terminate()
         assert server.process.wait(10) == 0
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     assert "Traceback" not in text, text[-3000:]
     assert "never retrieved" not in text

@@ -35,7 +35,7 @@ def test_one_line_says_where_it_is_ready(tmp_path: Path, tiny: dict[str, Any], p
         assert server.process.wait(10) == 0
         assert server.process.stdout is not None
         assert server.process.stdout.read() == ""
-    log = (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text(encoding="utf-8")
     assert "Traceback" not in log
     assert '"route": "/v1/scan"' in log
 
@@ -92,7 +92,7 @@ def _refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
     server = ProcessServer(settings, tmp_path / "log")
     try:
         assert server.process.wait(20) == 1
-        log = (tmp_path / "log").read_text()
+        log = (tmp_path / "log").read_text(encoding="utf-8")
         assert any(line.startswith("twogate: ") and reason in line for line in log.splitlines()), log
         assert "Traceback" not in log
         assert server.process.stdout is not None
@@ -128,7 +128,7 @@ def test_told_to_stop_it_drains_and_finishes_what_is_in_flight(tmp_path: Path, t
         uploading.join()
         assert [response.status_code for response in slow] == [200]
         assert server.process.wait(10) == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, tiny: dict[str, Any]) -> None:
