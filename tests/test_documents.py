@@ -15,13 +15,13 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in _FOLDERS for path i
 
 def anchors(document: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", document.read_text(), flags=re.M)
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    for link in _LINK.findall(document.read_text()):
+    for link in _LINK.findall(document.read_text(encoding="utf-8")):
         if "://" in link:
             continue
         name, _, anchor = link.partition("#")

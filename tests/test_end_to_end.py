@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("smoke")
     write_digits(root / "data", train=90, test=40)
     command = [sys.executable, "-m", "cli", "harden", str(RECIPE), "--data", str(root / "data")]
-    command += ["--store", str(root / "store"), "--run", str(root / "run")]
+    command += ["--store", str(root / "store"), "--run", str(root / "run"), "--device", "cpu"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stderr
     return Run(root / "data", root / "store" / "smoke" / "1", root / "run", done.stdout)

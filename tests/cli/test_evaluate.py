@@ -3,18 +3,99 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.evaluate import _names, _pair
 from cli.main import app
+from hardening.measure.baselines import BASELINES
+from hardening.measure.knowing import KNOWING
 from hardening.measure.oblivious import ATTACKS
 from model_store.errors import TwogateError
+from tests.cli.conftest import Twogate
 from tests.support.patterns import write_patterns
 
 runner = CliRunner()
+
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What would have been measured or attacked."""
+    calls: Calls = []
+
+    def evaluate(*arguments: Any, **more: Any) -> Path:
+        calls.append((arguments, more))
+        return Path("out/report.html")
+
+    def attack(*arguments: Any, **more: Any) -> list[Path]:
+        calls.append((arguments, more))
+        return [Path("a.png"), Path("b.png")]
+
+    monkeypatch.setattr("hardening.measure.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("hardening.measure.evaluate.attack", attack)
+    return calls
+
+
+def test_arguments_reach_the_evaluation(
+    twogate: Twogate, calls: Calls, own_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/twogate", "evaluate", "tiny"])
+    (tmp_path / "data").mkdir()
+    first, second = own_store / "tiny/1", own_store / "tiny/2"
+    given = ["evaluate", "tiny/1", second, "--task", f"a={tmp_path / 'data'}", "--task", f"b={tmp_path}"]
+    given += ["--out", tmp_path / "out", "--size", "smoke", "--attacks", "pgd,uap", "--adaptive", "T3,T5@fpr0.2"]
+    given += ["--convergence", "--rivals", "--baselines", "trades", "--surrogate", f"tiny/2,{first}"]
+    given += ["--epsilons", "4,12", "--seeds", "7,5", "--workers", "3", "--store", own_store, "--device", "cuda:1"]
+    result = twogate(*given)
+    assert (result.exit_code, result.stdout) == (0, "out/report.html\n"), result.output
+    assert calls.pop() == (
+        ([first, second], {"a": tmp_path / "data", "b": tmp_path}, tmp_path / "out"),
+        {
+            "surrogates": [second, first],
+            "size": "smoke",
+            "attacks": ("pgd", "uap"),
+            "adaptive": ("T3", "T5@fpr0.2"),
+            "rivals": True,
+            "baselines": ("trades",),
+            "convergence": True,
+            "epsilons": [4.0, 12.0],
+            "seeds": [7, 5],
+            "workers": 3,
+            "device": "cuda:1",
+            "command": ["twogate", "evaluate", "tiny"],
+        },
+    )
+    for words, more in (
+        ((), {"attacks": ATTACKS, "adaptive": (), "baselines": ()}),
+        (
+            ("--attacks", "none", "--adaptive", "all", "--baselines", "all"),
+            {"attacks": (), "adaptive": KNOWING, "baselines": tuple(BASELINES)},
+        ),
+    ):
+        assert twogate("evaluate", *words).exit_code == 0
+        others = {"surrogates": (), "size": "small", "rivals": False, "convergence": False}
+        others |= {"epsilons": [8.0, 10.0], "seeds": [0, 1, 2], "workers": 1, "device": "cpu"}
+        assert calls.pop() == (([], {}, Path("evaluation")), {**others, **more, "command": ["twogate", "evaluate", "tiny"]})
+
+
+def test_arguments_reach_the_attack(twogate: Twogate, calls: Calls, own_store: Path, tmp_path: Path) -> None:
+    given = ["attack", "tiny/1", "--store", own_store, "--data", tmp_path, "--out", tmp_path / "out"]
+    result = twogate(*given)
+    assert (result.exit_code, result.stdout) == (0, "a.png\nb.png\n"), result.output
+    more: list[object] = ["--attack", "uap", "--epsilon", "6", "--images", "9", "--size", "full", "--seed", "3"]
+    assert twogate(*given, *more, "--device", "cuda").exit_code == 0
+    place = (own_store / "tiny/1", tmp_path, tmp_path / "out")
+    assert calls == [
+        (place, {"name": "pgd", "epsilon": 10.0, "images": 20, "size": "small", "seed": 0, "device": "cpu"}),
+        (place, {"name": "uap", "epsilon": 6.0, "images": 9, "size": "full", "seed": 3, "device": "cuda"}),
+    ]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "attack"])

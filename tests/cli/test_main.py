@@ -100,7 +100,7 @@ def test_serving_never_imports_the_training_side() -> None:
 def test_the_script_is_this_app() -> None:
     import tomllib
 
-    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     assert scripts == {"twogate": "cli.main:app"}
     assert callable(app)
 

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def services() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    found: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
     return found
 
 
 def test_everything_mounted_is_there() -> None:
-    named = set(yaml.safe_load((ROOT / "docker-compose.yml").read_text())["volumes"])
+    named = set(yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["volumes"])
     for service in services().values():
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
@@ -43,10 +43,12 @@ def test_the_settings_exist() -> None:
 def test_the_names_in_the_configurations_are_services() -> None:
     known = set(services()) | {"app"}
     assert services()["album"]["networks"]["default"]["aliases"] == ["app"]
-    nginx = (ROOT / "deploy/nginx/nginx.conf").read_text()
+    nginx = (ROOT / "deploy/nginx/nginx.conf").read_text(encoding="utf-8")
     assert "server app:8080" in nginx
     assert "server twogate:8000" in nginx
-    targets = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
+    targets = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"][0][
+        "static_configs"
+    ]
     assert targets[0]["targets"] == ["twogate:8000"]
     for service in services().values():
         assert set(service.get("depends_on", ())) <= known

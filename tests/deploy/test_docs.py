@@ -17,7 +17,7 @@ from service.client.wsgi import TwogateMiddleware as WsgiMiddleware
 from tests.service.support import ThreadServer
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs/deploy.md").read_text()
+GUIDE = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
 
 
 def block(containing: str, gate: ThreadServer) -> str:
@@ -65,5 +65,5 @@ def test_the_line_for_curl(gate: ThreadServer, photo: bytes, suspicious: bytes, 
 
 def test_the_links_lead_somewhere() -> None:
     for page in (ROOT / "docs").glob("*.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)

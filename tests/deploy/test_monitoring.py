@@ -33,12 +33,12 @@ def exposed(gate: ThreadServer, photo: bytes, suspicious: bytes) -> str:
 
 
 def rules() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
+    found: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]
     return found
 
 
 def queries() -> list[str]:
-    dashboard = json.loads(DASHBOARD.read_text())
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]] + [
         rule["expr"] for rule in rules()
     ]
@@ -64,7 +64,7 @@ def test_the_labels_in_use_exist(exposed: str) -> None:
 
 
 def test_panels_do_not_overlap_and_have_one_id_each() -> None:
-    panels = json.loads(DASHBOARD.read_text())["panels"]
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
         (x, y)
@@ -77,7 +77,7 @@ def test_panels_do_not_overlap_and_have_one_id_each() -> None:
 
 
 def test_every_metric_and_alert_is_explained(exposed: str) -> None:
-    guide = (ROOT / "docs/operate.md").read_text()
+    guide = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
     ours = {name for name in re.findall(r"^# TYPE (twogate_\S+)", exposed, re.MULTILINE) if not name.endswith("_created")}
     assert {name for name in ours if f"`{name}`" not in guide} == set()
     assert {rule["alert"] for rule in rules() if f"### {rule['alert']}\n" not in guide} == set()
@@ -93,7 +93,7 @@ def test_prometheus_takes_the_rules(command: str) -> None:
 def test_a_real_prometheus_scrapes_the_service_and_answers_every_panel(
     gate: ThreadServer, exposed: str, tmp_path: Path
 ) -> None:
-    configuration = yaml.safe_load((ALERTS.parent / "prometheus.yml").read_text())
+    configuration = yaml.safe_load((ALERTS.parent / "prometheus.yml").read_text(encoding="utf-8"))
     configuration["global"]["scrape_interval"] = "500ms"
     configuration["rule_files"] = [str(ALERTS)]
     configuration["scrape_configs"][0]["static_configs"][0]["targets"] = [gate.url.removeprefix("http://")]

@@ -12,7 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import pytest
@@ -50,22 +53,22 @@ def proxied(album: int, gate: ThreadServer, tmp_path: Path) -> Proxied:
     """Starts nginx with the recipe; gives a client of it."""
 
     @contextmanager
-    def start(gate_port: int = gate.port, unavailable: str = "refuse") -> Iterator[httpx.Client]:
+    def start(gate_port: int = gate.port, unavailable: str = "refuse", app_port: int = album) -> Iterator[httpx.Client]:
         port = free_port()
-        text = (DEPLOY / "nginx/nginx.conf").read_text()
+        text = (DEPLOY / "nginx/nginx.conf").read_text(encoding="utf-8")
+        text = re.sub(r"/tmp/([\w.-]+)", lambda found: f'"{tmp_path / found[1]}"', text)  # whose name may hold spaces
         for old, new in (
             ("load_module modules/ngx_http_js_module.so", f"load_module {MODULE}"),
-            ("/tmp/", f"{tmp_path}/"),
             ("listen 8080", f"listen 127.0.0.1:{port}"),
-            ("server app:8080", f"server 127.0.0.1:{album}"),
+            ("server app:8080", f"server 127.0.0.1:{app_port}"),
             ("server twogate:8000", f"server 127.0.0.1:{gate_port}"),
-            ("/etc/nginx/twogate", str(DEPLOY / "nginx")),
+            ("/etc/nginx/twogate", f'"{DEPLOY / "nginx"}"'),
             ("$twogate_unavailable refuse", f"$twogate_unavailable {unavailable}"),
         ):
             assert old in text
             text = text.replace(old, new)
         configuration = tmp_path / "nginx.conf"
-        configuration.write_text(text)
+        configuration.write_text(text, encoding="utf-8")
         user = " user root;" if os.getuid() == 0 else ""
         command = [str(NGINX), "-p", str(tmp_path), "-c", str(configuration), "-g", f"daemon off;{user}"]
         log = tmp_path / "nginx.log"
@@ -73,7 +76,7 @@ def proxied(album: int, gate: ThreadServer, tmp_path: Path) -> Proxied:
             process = subprocess.Popen(command, stderr=file)
         try:
             wait_until(lambda: listening(port) or process.poll() is not None)
-            assert process.poll() is None, log.read_text()
+            assert process.poll() is None, log.read_text(encoding="utf-8")
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
                 yield client
         finally:
@@ -81,6 +84,35 @@ def proxied(album: int, gate: ThreadServer, tmp_path: Path) -> Proxied:
             process.wait(10)
 
     return start
+
+
+@contextmanager
+def recording(answer: bytes) -> Iterator[tuple[int, list[Message]]]:
+    """A server that answers 200 with `answer`; its port, and the headers of each request."""
+    heard: list[Message] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(self.headers)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_GET = do_POST  # noqa: N815 - the standard library's name
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port, heard
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def pictures(client: httpx.Client) -> int:
@@ -110,6 +142,32 @@ def test_an_attacked_one_is_refused_with_a_reason(proxied: Proxied, photo: bytes
         assert answer.json()["detail"] == "image 1 looks like an adversarial example"
         assert "p_value" not in answer.text
         assert pictures(client) == before
+
+
+def test_each_is_told_what_concerns_it_alone(proxied: Proxied, photo: bytes) -> None:
+    sent = {
+        "Cookie": "a=b",
+        "Authorization": "Bearer of the app",
+        "X-Api-Key": "of the app",
+        "X-Twogate-Verdict": "clean",
+        "X-Request-Timeout": "600",
+        "Content-Type": "image/jpeg",
+    }
+    with (
+        recording(b'{"flagged": false}') as (gate_port, at_the_gate),
+        recording(b"stored") as (app_port, at_the_app),
+        proxied(gate_port=gate_port, app_port=app_port) as client,
+    ):
+        assert client.post("/upload", content=photo, headers=sent).text == "stored"
+        assert client.get("/upload", headers=sent).text == "stored"
+        assert client.post("/elsewhere", content=photo, headers=sent).text == "stored"
+    (judged,) = at_the_gate
+    assert {name.lower() for name in judged} == {"host", "connection", "content-length", "content-type", "x-request-timeout"}
+    assert (judged["Content-Type"], judged["X-Request-Timeout"]) == ("application/octet-stream", "10")
+    # The verdict is nginx's own: a client's word for it never arrives.
+    assert [headers.get_all("X-Twogate-Verdict") for headers in at_the_app] == [["clean"], None, None]
+    for headers in at_the_app:
+        assert (headers["Cookie"], headers["Authorization"]) == (sent["Cookie"], sent["Authorization"])
 
 
 def test_a_larger_upload_that_nginx_keeps_in_a_file(proxied: Proxied, photo: bytes) -> None:

@@ -66,15 +66,17 @@ def test_only_what_serving_needs_is_left(finished: Path) -> None:
 
 
 def test_the_bill_of_materials(finished: Path) -> None:
-    bill = json.loads((finished / "sbom.cdx.json").read_text())
+    bill = json.loads((finished / "sbom.cdx.json").read_text(encoding="utf-8"))
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
     assert [part["purl"] for part in bill["components"]] == ["pkg:pypi/some-thing@1.2", "pkg:pypi/twogate@9.8"]
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.gpu"])
 def test_everything_that_is_copied_is_there_and_not_ignored(name: str) -> None:
-    admitted = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    text = (DOCKER / name).read_text()
+    admitted = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")
+    }
+    text = (DOCKER / name).read_text(encoding="utf-8")
     sources = [word for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE) for word in line.split()[:-1]]
     assert sources
     for source in sources:

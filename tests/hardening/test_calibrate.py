@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from hardening.branches import BMP, BRANCHES, MPAE, train_head
+from hardening.branches import BMP, BRANCHES, MPAE, TRIPWIRE, train_head
 from hardening.calibrate import Calibrated, assemble, calibrate, collect, run_gate
 from hardening.data import Dataset
+from hardening.detectors import ConsistencyDetector
 from hardening.encoders import Encoder, ScaledConv2d, features
 from hardening.recipe import RecipeError
 from model_store.honest import KINDS, changed_each_way
@@ -151,3 +153,34 @@ def test_a_calibration_on_changes_is_quiet_on_each_of_them(
     assert before.max() > 0.2, flagged
     # Twice 0.05, and three standard errors of what 56 copies and the fresh ones can tell.
     assert after.max() <= 0.1 + 3 * np.sqrt(0.1 * 0.9 * (1 / 56 + 1 / len(fresh))), flagged
+
+
+def test_each_image_of_a_calibration_folder_is_judged_by_those_who_learned_changed_copies_of_others(
+    toy_calibrated: Calibrated, toy_dataset: Dataset, bars: QuietBars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[Tensor] = []
+    real = ConsistencyDetector.fit.__func__  # type: ignore[attr-defined]
+
+    def fit(cls: type[ConsistencyDetector], found: dict[str, Tensor]) -> ConsistencyDetector:
+        fits.append(found[TRIPWIRE])
+        fitted: ConsistencyDetector = real(cls, found)
+        return fitted
+
+    monkeypatch.setattr(ConsistencyDetector, "fit", classmethod(fit))
+    paths = list(toy_dataset.paths)
+    for index in toy_dataset.splits["calibration"]:
+        paths[index] = f"calibration/{index}.png"
+    views = toy_calibrated.gate.views
+    calibrate(views, dataclasses.replace(toy_dataset, paths=tuple(paths)), "consistency", "cpu", bars)
+    own, theirs = (
+        collect(views, toy_dataset.take(split)[0], (TRIPWIRE,), "cpu", bars, "as they are")[TRIPWIRE]
+        for split in ("fit", "calibration")
+    )
+    *folds, last = fits
+    assert len(last) == len(own) + len(theirs)
+    # Nearly every honest change moves the features; none is fitted as it is.
+    assert (last != torch.cat([own, theirs])).any(dim=1).float().mean() > 0.9
+    learned = last[len(own) :]
+    fitted_on = torch.stack([(learned[:, None] == fold[None, len(own) :]).all(dim=2).any(dim=1) for fold in folds])
+    assert [len(fold) - len(own) for fold in folds] == fitted_on.sum(dim=1).tolist()
+    assert fitted_on.sum(dim=0).tolist() == [4] * len(theirs)  # of five

@@ -204,6 +204,9 @@ def test_the_switches_reach_the_loss(toy_encoder: Encoder, train: Split, validat
         {"clean_weight": 0.0},
         {"epsilon": 0.0},
         {"crop": 1.0},
+        {"ramp": 1.0},
+        {"weight_decay": 0.5},
+        {"head_learning_rate": 1e-4},
     ]
     small = (train[0][:64], train[1][:64])
     found = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -81,8 +80,10 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     command = [sys.executable, "-m", "cli", "harden", str(recipe), "--data", str(root), "--store", str(store)]
     command += ["--run", str(run), "--device", "cpu"]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
-        wait_for("encoders/finetune *.checkpoint.pt", run, first)
-        first.send_signal(signal.SIGKILL)
+        try:
+            wait_for("encoders/finetune *.checkpoint.pt", run, first)
+        finally:
+            first.kill()
     left = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and root not in p.parents]
     second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert second.returncode == 0, second.stderr

@@ -466,7 +466,10 @@ def test_a_rule_refuses_what_it_does_not_know() -> None:
 
 def test_the_odd_images(shared_data: Path, tmp_path: Path) -> None:
     """Every file of a corpus of odd and hostile images is either a picture or a refusal with a name."""
-    with tarfile.open(shared_data / "odd-images.tar.xz") as archive:
+    odd_images = shared_data / "odd-images.tar.xz"
+    if not odd_images.is_file():
+        pytest.skip("odd-images.tar.xz is not among the shared data sets")
+    with tarfile.open(odd_images) as archive:
         archive.extractall(tmp_path, filter="data")
     outcomes = {"picture": 0, "refused": 0}
     for file in sorted(path for path in tmp_path.rglob("*") if path.is_file()):

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import kstest
 
+from model_store import recalibrate as recalibrating
 from model_store.bundle import load_bundle, verify_bundle
 from model_store.calibration import BudgetTooSmall, Calibration
 from model_store.folder import FolderError
@@ -178,6 +182,24 @@ def test_copies_of_a_picture_say_no_more_than_it_does(old: Path, tmp_path: Path)
     once = recalibrate(bundle, store, write(pictures, tmp_path / "once"), allow_small=True)
     assert done.calibration.scores == once.calibration.scores
     assert len(done.score) == 60
+
+
+def test_changes_are_made_to_one_of_each_pictures_copies(
+    quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = write(domain(99, 1), tmp_path / "scans"), list[bytes]()
+    for number in range(50):
+        shutil.copy(folder / "0" / "0.png", folder / "0" / f"!{number}.png")
+    real = recalibrating.read_small
+
+    def read_small(pool: ThreadPoolExecutor, files: Sequence[Path], rule: PixelRule) -> list[NDArray[np.uint8]]:
+        read.extend(file.read_bytes() for file in files)
+        return real(pool, files, rule)
+
+    monkeypatch.setattr(recalibrating, "read_small", read_small)
+    done = recalibrate(load_bundle(quiet), quiet.parents[1], folder)
+    assert (done.calibration.n, done.copies) == (99, 50)
+    assert len(set(read)) == len(read) == 50
 
 
 def test_a_folder_of_any_name_is_named(old: Path, tmp_path: Path) -> None:

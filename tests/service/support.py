@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ class ProcessServer:
     def start(self) -> None:
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
-        assert "http://" in self.line, self.log.read_text()
+        assert "http://" in self.line, self.log.read_text(encoding="utf-8")
         self.url = self.line.split(" on ")[1].split()[0]
 
     @property
@@ -154,5 +155,6 @@ def assert_problem(response: httpx.Response, status: int, name: str) -> dict[str
     assert document["detail"]
     assert document["instance"].startswith("urn:twogate:")
     assert "Traceback" not in response.text
-    assert "/work" not in response.text
+    for folder in (str(REPOSITORY), tempfile.gettempdir()):
+        assert folder not in response.text
     return document

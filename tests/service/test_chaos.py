@@ -69,9 +69,11 @@ def _status(raw: socket.socket) -> int | None:
 
 def test_after_all_that_it_is_as_well_as_before(tmp_path: Path, tiny_bundle: Path, photo: bytes) -> None:
     log = tmp_path / "log"
-    settings = {"store": tiny_bundle.parents[1], "bundle": "tiny", "threads": 1, "body_timeout_s": 1}
+    settings = {"store": tiny_bundle.parents[1], "bundle": "tiny", "threads": 1, "decode_threads": 2, "body_timeout_s": 1}
     with process_server(log, **settings) as server, httpx.Client(base_url=server.url, timeout=10) as client:
         expected = client.post("/v1/embeddings", content=photo).json()["data"]
+        together = client.post("/v1/scan", json={"input": [data_uri(photo)] * 8})  # by then every thread has begun
+        assert together.status_code == 200
         threads = psutil.Process(server.process.pid).num_threads()
         with ThreadPoolExecutor(8) as pool:
             statuses = list(pool.map(lambda seed: _misbehave(server.port, seed, photo), range(REQUESTS)))
@@ -95,6 +97,6 @@ def test_after_all_that_it_is_as_well_as_before(tmp_path: Path, tiny_bundle: Pat
         assert "twogate_forward_failures_total 0.0" in client.get("/metrics").text
         server.terminate()
         assert server.process.wait(10) == 0
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     assert "Traceback" not in text, text[-3000:]
     assert "never retrieved" not in text

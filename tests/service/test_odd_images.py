@@ -42,7 +42,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Iterator
         assert process.memory_info().rss < 400 * 2**20
         server.terminate()
         assert server.process.wait(10) == 0
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     assert "in an unknown way" not in text
     assert "Traceback" not in text
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import onnxruntime as ort
 import pytest
 
 from service.server import serve
 from service.settings import Settings
 from tests.service.support import ProcessServer, post_raw, process_server, wait_until
 from tests.support.tiny_bundle import make_tiny_bundle
+
+without_cuda = pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this machine can do it")
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def test_one_line_says_where_it_is_ready(tmp_path: Path, tiny: dict[str, Any], p
         assert server.process.wait(10) == 0
         assert server.process.stdout is not None
         assert server.process.stdout.read() == ""
-    log = (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text(encoding="utf-8")
     assert "Traceback" not in log
     assert '"route": "/v1/scan"' in log
 
@@ -68,7 +71,7 @@ def test_an_address_that_is_none_is_told_in_one_line(
     [
         ({"bundle": "nobody"}, "the store holds tiny"),
         ({"max_fpr": 0.0001}, "needs at least 9999 calibration images"),
-        ({"provider": "cuda"}, "allow_fallback"),
+        pytest.param({"provider": "cuda"}, "allow_fallback", marks=without_cuda),
     ],
 )
 def test_a_bundle_that_is_refused_ends_it_with_the_reason(
@@ -89,7 +92,7 @@ def _refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
     server = ProcessServer(settings, tmp_path / "log")
     try:
         assert server.process.wait(20) == 1
-        log = (tmp_path / "log").read_text()
+        log = (tmp_path / "log").read_text(encoding="utf-8")
         assert any(line.startswith("twogate: ") and reason in line for line in log.splitlines()), log
         assert "Traceback" not in log
         assert server.process.stdout is not None
@@ -125,7 +128,7 @@ def test_told_to_stop_it_drains_and_finishes_what_is_in_flight(tmp_path: Path, t
         uploading.join()
         assert [response.status_code for response in slow] == [200]
         assert server.process.wait(10) == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path, tiny: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from hardening.attacks.advencoder import Patch, TooFewImages, _high_pass, _within, apply_patch, pat, per
+from hardening.attacks.advencoder import Patch, TooFewImages, _high_pass, _loss, _within, apply_patch, pat, per
 from hardening.attacks.features import apply_universal
 from hardening.encoders import Encoder, features
 from model_store.errors import TwogateError
@@ -163,6 +163,27 @@ def test_the_high_pass_keeps_what_is_finer_than_eight_waves_in_64_pixels() -> No
     # Twice the size, twice the radius.
     coarse = torch.cos(2 * torch.pi * 16 * torch.arange(128) / 128).expand(1, 3, 128, 128)
     assert _high_pass(coarse).abs().max() < 1e-4
+
+
+def test_the_loss_by_hand() -> None:
+    """Methods 6.1: 5 L_adv + L_q + L_hfc, for two images."""
+    rng = np.random.default_rng(0)
+    x, attacked = rng.random((2, 2, 3, 64, 64))
+    clean, features = np.array([[[1.0, 0.0], [0.6, 0.8]], [[3.0, 4.0], [0.0, 2.0]]])
+    cosines = np.array([[0.6, 0.0], [0.36 + 0.64, 0.8]])
+    keys = np.exp(cosines / 0.1)
+    contrast = -np.log(np.diag(keys) / keys.sum(axis=1)).mean()
+
+    def fine(pictures: NDArray[np.float64]) -> NDArray[np.float64]:
+        spectrum = np.fft.fftshift(np.fft.fft2(pictures), axes=(2, 3))
+        down, right = np.mgrid[-32:32, -32:32]
+        spectrum[:, :, down**2 + right**2 <= 8**2] = 0
+        return np.asarray(np.fft.ifft2(np.fft.ifftshift(spectrum, axes=(2, 3))).real)
+
+    expected = 5 * -contrast + np.mean((attacked - x) ** 2) - np.mean((fine(attacked) - fine(x)) ** 2)
+    found = _loss(*(torch.from_numpy(array) for array in (x, attacked, clean, features)))
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert contrast == pytest.approx((np.log1p(np.exp(-6)) + np.log1p(np.exp(2))) / 2)
 
 
 def test_one_image_is_too_few(toy_encoder: Encoder, surrogate: Images) -> None:

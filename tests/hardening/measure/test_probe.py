@@ -96,8 +96,8 @@ def test_every_cell_of_photographs(out: Path, pictures: Path) -> None:
 
 def test_the_page_comes_from_the_records_alone(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out / "photographs", tmp_path / "photographs")
-    text = write_page(tmp_path).read_text()
-    assert text == (out / "probe.md").read_text()
+    text = write_page(tmp_path).read_text(encoding="utf-8")
+    assert text == (out / "probe.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if " px, " in line]
     assert len(rows) == len(SIDES) * len(FORMATS) * 3
     assert "60 px" in rows[0]
@@ -116,7 +116,7 @@ def test_other_pictures_in_a_folder_of_the_same_name_are_rows_of_their_own(
         page = probe_photographs(
             toy_bundles[0], served.url, root, tmp_path / "out", sides=(60,), epsilon=24, size="smoke", bars=QuietBars()
         )
-        pages.append([line for line in page.read_text().splitlines() if " px, " in line])
+        pages.append([line for line in page.read_text(encoding="utf-8").splitlines() if " px, " in line])
     assert set(pages[0]) < set(pages[1])
     assert len(pages[1]) == 2 * len(pages[0])
 
@@ -241,7 +241,7 @@ def test_black_box(served: ThreadServer, toy_bundles: tuple[Path, Path], task_fo
         success = value(records, SUCCESS, SERVICE, "patterns", attack)
         if success:
             assert 1 <= value(records, QUERIES, SERVICE, "patterns", attack) <= 50
-    assert page.read_text().count("| patterns | ") == 2
+    assert page.read_text(encoding="utf-8").count("| patterns | ") == 2
 
 
 def test_the_attackers_books(served: ThreadServer, toy_bundles: tuple[Path, Path]) -> None:

@@ -70,12 +70,13 @@ def test_accuracy_and_fooling_rate_by_hand() -> None:
     # Two are wrong before any attack: the 4th and the 5th. The 1st falls; the 4th is changed into the truth; the 5th from
     # one mistake into another.
     before, after = [0, 0, 1, 0, 0], [1, 0, 1, 1, 1]
-    found = judged([0, 0, 1, 1, 2], {GUARDED: before}, {GUARDED: after}, [1.0] * 5, [98, 1, 1, 1, 1])
+    found = judged([0, 0, 1, 1, 2], {GUARDED: before}, {GUARDED: after}, [1.0] * 5, [96, 1, 1, 1, 1])
     assert found["robust_acc", GUARDED] == (0.6, 5)
     # Every changed prediction counts, also of images that were wrong before: it is not 1 - robust_acc.
     assert found["fooling_rate", GUARDED] == (0.6, 5)
     assert found["robust/clean", GUARDED] == (1, 5)
-    # Of the three that were right the 1st is wrong now: it passes at 0.01, and is caught at 0.05.
+    # Of the three that were right the 1st is wrong now: it passes at 0.01, and is caught at 0.05, its very
+    # p-value.
     assert found["success@0.01", "bundle's calibration"] == (pytest.approx(1 / 3), 3)
     assert found["success@0.05", "bundle's calibration"] == (0, 3)
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -66,20 +66,24 @@ def test_probes_answer_at_once_while_the_model_is_busy(
         batcher = server.gate._engine.batcher
         real = batcher._compute
 
-        def slow(pictures: Any) -> Any:
-            time.sleep(0.5)
+        begun, go_on = threading.Event(), threading.Event()
+
+        def busy_until_told(pictures: Any) -> Any:
+            begun.set()
+            assert go_on.wait(20)
             return real(pictures)
 
-        monkeypatch.setattr(batcher, "_compute", slow)
+        monkeypatch.setattr(batcher, "_compute", busy_until_told)
 
         async def main() -> None:
             async with httpx.AsyncClient(base_url=server.url) as busy:
                 request = asyncio.create_task(busy.post("/v1/scan", content=photo))
-                await asyncio.sleep(0.1)
-                started = time.monotonic()
-                assert (await busy.get("/health/ready")).status_code == 200
-                assert time.monotonic() - started < 0.3
-                assert not request.done()
+                try:
+                    assert await asyncio.to_thread(begun.wait, 20)
+                    assert (await busy.get("/health/ready")).status_code == 200
+                    assert not request.done()
+                finally:
+                    go_on.set()
                 assert (await request).status_code == 200
 
         asyncio.run(main())

@@ -76,10 +76,13 @@ def test_a_failure_of_ours_is_logged_and_not_shown(
 def test_who_left_before_the_answer_is_counted_so(server: ThreadServer, client: httpx.Client) -> None:
     import socket
 
-    def left() -> bool:
-        return 'code="499",method="POST",route="/v1/scan"' in client.get("/metrics").text
+    def left() -> float:
+        sample = 'twogate_requests_total{code="499",method="POST",route="/v1/scan"} '
+        lines = client.get("/metrics").text.splitlines()
+        return float(next((line for line in lines if line.startswith(sample)), "0").split()[-1])
 
+    before = left()
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
         raw.sendall(b"POST /v1/scan HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf")
         time.sleep(0.05)
-    wait_until(left)
+    wait_until(lambda: left() == before + 1)

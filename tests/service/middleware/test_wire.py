@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -115,18 +114,21 @@ def test_an_unhurried_answer_is_not_cut_by_the_bodys_time_limit(
     assert post_raw(narrow_client, photo).status_code == 200
 
 
-def test_the_bodies_of_all_requests_together_are_bounded(narrow: ThreadServer, narrow_client: httpx.Client) -> None:
+def test_the_bodies_of_all_requests_together_are_bounded(make_settings: Callable[..., Settings]) -> None:
     def held() -> float:
-        lines = narrow_client.get("/metrics").text.splitlines()
+        lines = client.get("/metrics").text.splitlines()
         return float(next(line for line in lines if line.startswith("twogate_body_bytes_in_flight ")).split()[1])
 
-    answers: list[bytes] = []
-    big = threading.Thread(target=lambda: answers.append(_exchange(narrow, _head(MIB) + b"x" * (MIB - 1), pause=0.3)))
-    big.start()
-    wait_until(lambda: held() >= MIB - 1)
-    response = post_raw(narrow_client, b"x" * (MIB - 10))
-    assert_problem(response, 503, "overloaded")
-    assert int(response.headers["retry-after"]) >= 1
-    big.join()
-    wait_until(lambda: held() == 0)
-    assert_problem(post_raw(narrow_client, b"x" * (MIB - 10)), 415, "unsupported-media")
+    limits = {"max_image_bytes": MIB, "max_body_bytes": MIB, "max_inflight_bytes": MIB + MIB // 2}
+    with (
+        thread_server(make_settings(**limits, body_timeout_s=20)) as patient,
+        httpx.Client(base_url=patient.url, timeout=10) as client,
+    ):
+        with socket.create_connection(("127.0.0.1", patient.port), timeout=10) as big:
+            big.sendall(_head(MIB) + b"x" * (MIB - 1))
+            wait_until(lambda: held() >= MIB - 1)
+            response = post_raw(client, b"x" * (MIB - 10))
+            assert_problem(response, 503, "overloaded")
+            assert int(response.headers["retry-after"]) >= 1
+        wait_until(lambda: held() == 0)
+        assert_problem(post_raw(client, b"x" * (MIB - 10)), 415, "unsupported-media")
