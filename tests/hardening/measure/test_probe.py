@@ -81,14 +81,15 @@ def test_every_cell_of_photographs(out: Path, pictures: Path) -> None:
     for side in SIDES:
         for name in FORMATS:
             task = f"{folder}, {side} px, {name}"
-            assert 0 <= value(records, "fpr@0.05", SERVICE, task, "clean") <= 1
+            assert 0 <= value(records, "fpr@0.05", SERVICE, task, "clean") < 0.5
             for attack in ("input size", "resize rule"):
-                assert 0 <= value(records, "tpr@0.05", SERVICE, task, attack) <= 1
-                assert -1 <= value(records, "cosine", RETURNED, task, attack) <= 1.001
+                assert 0.5 < value(records, "tpr@0.05", SERVICE, task, attack) <= 1
+                # In every format it is still an attack, on the undefended victim and on what is returned.
+                assert value(records, "cosine", UNDEFENDED, task, attack) < 0.6
+                assert value(records, "cosine", RETURNED, task, attack) < 0.6
         lossless = f"{folder}, {side} px, PNG"
         rule = value(records, "cosine", UNDEFENDED, lossless, "resize rule")
         assert rule < value(records, "cosine", UNDEFENDED, lossless, "input size")
-        assert rule < 0.9
     # The toy's calibration supports no stricter budget, and none is claimed.
     assert not [r for r in records if r.metric.endswith("@0.01")]
     assert {r.images for r in records} == {6}
