@@ -244,9 +244,7 @@ def _defences(numbers: _Numbers, page: _Page) -> None:
             f"{', '.join(numbers.baselines)}: one encoder each, trained from the public victim on the first task's images, "
             "by the budget of the bundle's recipe, and a head for each task."
         )
-    page.text(
-        f"Mean over a family's attacks and budgets. Target: {GUARDED} above every other column; a tie passes, and is said."
-    )
+    page.text(f"Mean over a family's attacks and budgets. Target: {GUARDED} above every other column.")
     beside = [_AVERAGE, *numbers.baselines]
     rows = []
     for task in numbers.tasks:
@@ -265,7 +263,7 @@ def _defences(numbers: _Numbers, page: _Page) -> None:
             if verdict != "met":
                 verdict += f" ({best})"
             elif means[GUARDED] - means[best] <= _LEVEL:
-                verdict += f", level with {best}"
+                verdict = f"level with {best}"
             rows.append([task, family, *row, verdict if len(means) == len(found) else "-"])
     page.table(["task", "attacks", GUARDED, *beside, "target"], rows)
 

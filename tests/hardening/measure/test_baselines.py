@@ -118,7 +118,7 @@ def test_the_report_lists_them_and_says_who_is_ahead(out: Path) -> None:
     ("ours", "theirs", "verdict"),
     [
         (0.6, 0.5, "met"),
-        (0.5, 0.5, "met, level with MART"),
+        (0.5, 0.5, "level with MART"),
         (0.4998, 0.5, "missed by less than 0.1 (MART)"),
         (0.4, 0.5, "missed by 10.0 (MART)"),
     ],
