@@ -89,8 +89,9 @@ def test_files_that_changed_since_are_refused(tmp_path: Path) -> None:
 
 def test_beside_pictures_without_a_folder_test_and_calibration_are_what_they_say(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    for name, count in (("", 80), ("test", 40), ("calibration", 60)):
-        write_pictures(root / name, patterns(30)[0][:count], prefix=name or "x")
+    images = patterns(50)[0]
+    for name, first, count in (("", 0, 80), ("test", 80, 40), ("calibration", 120, 60)):
+        write_pictures(root / name, images[first : first + count], prefix=name or "x")
     dataset = read(root, tmp_path / "data")
     assert not dataset.labelled
     for split, count in (("test", 40), ("calibration", 60)):

@@ -146,6 +146,8 @@ def test_a_finished_run_needs_its_weights_files_no_more(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pipeline._owned(run, recipe, tmp_path):
         pass
+    (run / "encoders").mkdir()
+    (run / "encoders" / "finetune victim.pt").touch()
     weights.write_bytes(b"others")
     with pytest.raises(RunError, match="another recipe, data folder or weights file"), pipeline._owned(run, recipe, tmp_path):
         pass
@@ -230,6 +232,8 @@ def test_a_weights_file_that_was_written_over_is_another_encoder(tmp_path: Path)
     recipe = load_recipe(write_recipe(tmp_path / "tiny.yaml", victim=spec))
     with pipeline._owned(tmp_path / "run", recipe, tmp_path):
         pass
+    (tmp_path / "run" / "encoders").mkdir()
+    (tmp_path / "run" / "encoders" / "finetune auxiliary.checkpoint.pt").touch()
     torch.save({"other": 1}, weights)
     with pytest.raises(RunError, match="weights file"), pipeline._owned(tmp_path / "run", recipe, tmp_path):
         raise AssertionError("owned")

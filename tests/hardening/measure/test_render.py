@@ -87,8 +87,8 @@ def test_detection_cell_by_cell(tmp_path: Path) -> None:
         ("tpr@0.05", bundles, 0.33),
         ("tpr_fooled@0.01", bundles, 0.44),
         ("tpr@0.01", "recalibrated", 0.93),
-        # What other tables show.
         ("tpr@0.001", "recalibrated", 0.66),
+        # What other tables show.
         ("tpr@0.05", "recalibrated", 0.77),
         ("tpr_fooled@0.01", "recalibrated", 0.88),
     ]
@@ -105,12 +105,17 @@ def test_detection_cell_by_cell(tmp_path: Path) -> None:
         "at 0.01",
         "at 0.05",
         "of fooled, at 0.01",
+        "recalibrated, at 0.001",
         "recalibrated, at 0.01",
+        "target AUROC",
+        "target at 0.001",
         "target at 0.01",
     ]
+    shares = ["11.0", "22.0", "33.0", "44.0", "66.0", "93.0"]
+    verdicts = ["missed by 0.003", "missed by 14.0, recalibrated", "missed by 2.0, recalibrated"]
     assert table[1:] == [
-        ["one", "pgd", "8", "0.987", "11.0", "22.0", "33.0", "44.0", "93.0", "missed by 2.0"],
-        ["one", "pgd", "10", "0.500", *["-"] * 6],
+        ["one", "pgd", "8", "0.987", *shares, *verdicts],
+        ["one", "pgd", "10", "0.500", *["-"] * 6, "missed by 0.490", "-", "-"],
     ]
 
 
