@@ -13,8 +13,8 @@ from model_store.manifest import MODEL_FILE, Manifest
 from model_store.revise import CARD_FILE
 
 _LIMITS = """\
-- Known bypass: who has these weights and aims at embedding and score together gets most pictures past both, and who has
-  another bundle of the same recipe about half. That was not measured here but of bundles like it (Twogate's
+- Known bypass: who has these weights and aims at embedding and score together gets most pictures past both; so does, less
+  often, who has another bundle of the same recipe. That was not measured here but of bundles like it (Twogate's
   `docs/results.md`); `twogate evaluate --adaptive T2,T3,T5-selective` measures it of this one.
 - Everything above was attacked on the undefended public victim, without knowledge of the defence, and at one budget.
 - The thresholds hold for images like those of the calibration. Other domains or heavy editing raise false alarms: compare
