@@ -264,7 +264,7 @@ def _measured(bundle: Bundle, recipe: Recipe, dataset: data.Dataset, run: Path, 
         convergence=False,
         epsilons=(wanted.epsilon,),
         seeds=(recipe.seed,),
-        attackers=digest_of(attackers_images(dataset, bundle.manifest, SIZES[_SIZE].surrogate, run, bars)),
+        attackers=digest_of(attackers_images(dataset, bundle.manifest, SIZES[_SIZE].surrogate, run, bars)[0]),
         out=run / "evaluation",
         # The digest of a manifest covers these records too, so they name the graph instead.
         origin=Origin(recipe.name, bundle.model_sha256, _SIZE, "twogate harden", commit()),

@@ -100,7 +100,7 @@ def evaluate(
                 for name, root in tasks.items():
                     read_images(root, manifest, out / "data" / name, shown)
             dataset = read_images(images, bundle.manifest, out / "data" / first, shown)
-            attackers = digest_of(attackers_images(dataset, bundle.manifest, SIZES[size].surrogate, out, shown))
+            attackers = digest_of(attackers_images(dataset, bundle.manifest, SIZES[size].surrogate, out, shown)[0])
             if baselines or set(attacks) & set(UNIVERSAL):
                 check_attacker(out / "records", attackers)
             plan = Plan(

@@ -102,7 +102,7 @@ def craft_perturbations(
     """
     bundle = load_bundle(plan.bundle)
     victim = Graph(bundle.model, victim).to(plan.device).encoder(TRIPWIRE)
-    images = attackers_images(root, bundle.manifest, plan.size.surrogate, plan.out / "data" / name, bars)
+    images, _ = attackers_images(root, bundle.manifest, plan.size.surrogate, plan.out / "data" / name, bars)
     for one in (plan, *(with_effort(plan, share) for share in LESS_EFFORT if plan.convergence)):
         for epsilon in one.epsilons:
             for seed in one.seeds:

@@ -133,11 +133,14 @@ def read_images(root: Images, manifest: Manifest, into: Path, bars: Bars) -> dat
     return data.prepare(root, rule, splits, splits.seed, into / data.prepared_name(rule, splits), bars)
 
 
-def attackers_images(root: Images, manifest: Manifest, most: int, into: Path, bars: Bars) -> NDArray[np.uint8]:
-    """Images [M, H, W, 3] for universal perturbations: of `train/`, and none that is tested on."""
+def attackers_images(
+    root: Images, manifest: Manifest, most: int, into: Path, bars: Bars
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [M, H, W, 3] of an attacker's own with their labels [M]: of `train/`, and none that is tested on."""
     dataset = read_images(root, manifest, into, bars)
     pool = np.concatenate([dataset.splits["local"], dataset.splits["validation"]])
-    return np.asarray(dataset.images[np.sort(np.random.default_rng(0).permutation(pool)[:most])])
+    some = np.sort(np.random.default_rng(0).permutation(pool)[:most])
+    return np.asarray(dataset.images[some]), dataset.labels[some]
 
 
 def of_another_class(

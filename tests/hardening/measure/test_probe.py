@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from hardening.attacks.blackbox import square
 from hardening.measure.live import LiveService, ServiceError
@@ -252,12 +254,18 @@ def test_the_attackers_books(served: ThreadServer, toy_bundles: tuple[Path, Path
     labels = np.zeros(len(images), np.int64)
     shown: list[np.ndarray] = []
 
+    def head(embedding: Tensor) -> Tensor:
+        """Finds class 0 the less, the further an embedding is from the first clean one."""
+        return torch.stack([embedding @ torch.from_numpy(clean), torch.zeros(len(embedding))], dim=1)
+
+    clean = service.ask([png(images[0])]).embedding[0]
+
     def classify(pictures: np.ndarray) -> np.ndarray:
         """Image 0 is broken by any change."""
         shown.append(pictures)
         return (pictures != images[0]).any(axis=(1, 2, 3)) & (np.abs(pictures.astype(int) - images[0]).max() <= 8)
 
-    attacker = Attacker(service, images, labels, np.inf, 8, classify, lambda by: None)
+    attacker = Attacker(service, images, labels, np.inf, 8, head, classify, lambda by: None)
     found = square(attacker, images, epsilon=8, queries=12, seed=0)
     assert (found.loss[attacker.won] == -1).all()
     assert (found.loss[~attacker.won] > 0).all()
@@ -266,7 +274,7 @@ def test_the_attackers_books(served: ThreadServer, toy_bundles: tuple[Path, Path
     assert (attacker.queries[~attacker.won] == 12).all()
     # A win is told also where another picture moved the embedding more: image 0 first, then its broken neighbour.
     attacker = Attacker(
-        service, images, labels, np.inf, 8, lambda pictures: (pictures == near).all(axis=(1, 2, 3)), lambda _: None
+        service, images, labels, np.inf, 8, head, lambda pictures: (pictures == near).all(axis=(1, 2, 3)), lambda _: None
     )
     near = np.clip(images[1].astype(int) + 1, 0, 255).astype(np.uint8)
     far = np.clip(images[1].astype(int) + np.where(np.arange(16) % 2, 8, -8)[:, None], 0, 255).astype(np.uint8)
@@ -275,7 +283,15 @@ def test_the_attackers_books(served: ThreadServer, toy_bundles: tuple[Path, Path
     attacker(near[None], np.array([1]))
     assert attacker.won[1]
     assert attacker.distance[1] < further
-    attacker = Attacker(service, images, labels, np.inf, 8, classify, lambda by: None)
+    attacker = Attacker(service, images, labels, np.inf, 8, head, classify, lambda by: None)
+    # What he lowers is the margin of his own head, and the score only above the threshold.
+    answers = service.ask([png(image) for image in images])
+    margin = (answers.embedding @ clean).astype(np.float64)
+    np.testing.assert_allclose(attacker(images, np.arange(len(images))), np.logaddexp(0, margin), atol=1e-5)
+    loud = Attacker(service, images, labels, -50.0, 8, head, classify, lambda by: None)
+    over = np.maximum(answers.score + 50, 0)
+    assert over.any()
+    np.testing.assert_allclose(loud(images, np.arange(len(images))), np.logaddexp(0, margin) + over, rtol=1e-4)
     # A picture outside the budget is a question, never a result.
     before = attacker.distance.copy()
     attacker(255 - images, np.arange(len(images)))
