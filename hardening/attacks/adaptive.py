@@ -489,6 +489,7 @@ def two_aims(
     aim: Aim = "margin",
     levels: Sequence[float] | None = None,
     project: bool = False,
+    patch: bool = False,
 ) -> Tensor:
     """T5, T6: step on the margin of the fused logits until it is wrong, then on the score until it is under the threshold.
 
@@ -497,6 +498,8 @@ def two_aims(
     no classifier. One search for each level of damage that counts as enough; where both aims are met, the damage goes on.
     """
     campaign = Campaign.open(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, restarts=restarts)
+    if patch:
+        campaign = replace(campaign, box=Box.patch(images))
     damage, judge = campaign.aim_at(aim)
 
     def unsatisfied(level: float) -> Value:
@@ -589,5 +592,6 @@ ADAPTIVE: dict[str, Attack] = {
     # A visible patch of 3 % of each image, of any colours; epsilon does not apply.
     "T10-T1": partial(ensemble, patch=True),
     "T10-T3": partial(joint_targeted, patch=True),
+    "T10-T5": partial(two_aims, patch=True),
     "T11": low_confidence,
 }

@@ -1,12 +1,15 @@
 """Baseline defences beside the bundle's own: one encoder each, trained from the same public victim with the same budget.
 
 PGD-AT, TRADES, MART and both stages of Gen-AF (`hardening.baselines`) start from the tripwire of the bundle's graph and see
-the first task's `local` and `validation` images, with the epochs, batches, attacks, learning rate and augmentation of the
-bundle's own recipe. On a task they are judged as every system here: a head on frozen features, of the task's clean images.
+the first task's `local` and `validation` images, with the epochs, batches, attacks and augmentation of the bundle's own recipe.
+The recipe's learning rate was found for another loss: each baseline is trained with it and with smaller ones, and the encoder
+that is best on `validation` is kept. On a task they are judged as every system here: a head on frozen features, of the task's
+clean images.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from hardening.attacks.target import Seen, Target
 from hardening.baselines import adversarial_training, gen_af
+from hardening.baselines.classifier import Classifier, validate
 from hardening.branches import TRIPWIRE, Head, train_head
 from hardening.data import Dataset, spread
 from hardening.encoders import Encoder, features
@@ -32,8 +38,11 @@ BASELINES = {"pgd-at": "PGD-AT", "trades": "TRADES", "mart": "MART", "gen-af": "
 """Names of the option, and of the systems in records."""
 _METHODS: dict[str, adversarial_training.Method] = {"pgd-at": "pgd_at", "trades": "trades", "mart": "mart"}
 _BUDGET = ("epochs", "batch_size", "epsilon", "steps", "learning_rate", "flip", "crop")
+_RATES = (1.0, 0.3, 0.1)
+"""Learning rates, in shares of the recipe's."""
 _SMOKE_BUDGET: dict[str, Any] = {"epochs": 1, "batch_size": 32, "steps": 1}
 _SMOKE_IMAGES = 96
+_EPSILON = 8.0
 _BATCH = 256
 
 
@@ -88,14 +97,32 @@ def train_baseline(
         local = local[0][some], local[1][some]
     given = budget(bundle.manifest, size)
     folder = file.with_suffix(".training")
-    shared: Any = {"seed": seed, "folder": folder, "job": file.stem, "device": device, "bars": bars}
-    victim = public_victim(bundle)
-    if name == "gen-af":
-        few: Any = {"layer_images": 32, "layer_epochs": 1} if size == "smoke" else {}
-        # As long on clean images as before on attacked ones, as published.
-        encoder, _, _ = gen_af.train(victim, local, validation, **given, adapt_epochs=given["epochs"], **few, **shared)
-    else:
-        encoder, _ = adversarial_training.train(victim, _METHODS[name], local, validation, **given, **shared)
+    shared: Any = {"seed": seed, "folder": folder, "device": device, "bars": bars}
+
+    def trained(rate: dict[str, float]) -> tuple[float, Encoder]:
+        job = "-".join([file.stem, *(f"{value:g}" for value in rate.values())])
+        own: Any = {**given, **rate, "job": job, **shared}
+        victim = public_victim(bundle)
+        if name == "gen-af":
+            few: Any = {"layer_images": 32, "layer_epochs": 1} if size == "smoke" else {}
+            # As long on clean images as before on attacked ones, as published.
+            encoder, head, _ = gen_af.train(victim, local, validation, **own, adapt_epochs=given["epochs"], **few)
+        else:
+            encoder, head = adversarial_training.train(victim, _METHODS[name], local, validation, **own)
+        found = validate(
+            Classifier(encoder.to(device), head.to(device)),
+            validation,
+            epsilon=given.get("epsilon", _EPSILON),
+            batch_size=_BATCH,
+            generator=torch.Generator().manual_seed(seed),
+            device=device,
+        )
+        said = " ".join(f"{metric} {value:.4g}" for metric, value in {**rate, **found}.items())
+        bars.say(f"{BASELINES[name]} trained: {said}")
+        return found["selection"], encoder.cpu()
+
+    rates = [{"learning_rate": share * given["learning_rate"]} for share in _RATES] if "learning_rate" in given else [{}]
+    _, encoder = max((trained(rate) for rate in rates), key=lambda found: found[0])
     save_tensors(file, {"encoder": encoder.state_dict()})
     shutil.rmtree(folder)
 
@@ -119,6 +146,16 @@ class Baseline:
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Images [N, H, W, 3] -> classes [N]."""
         return _predict(self.encoder, self.head, images, self.device)
+
+    def target(self) -> Target:
+        """It as an attacker sees it who knows everything; it has no detector, so nothing is flagged."""
+
+        def see(images: Tensor) -> Seen:
+            found = self.encoder(images)
+            none = found.new_zeros(len(found))
+            return Seen(found, none[:, None], none, {}, None, self.head(found))
+
+        return Target(see, math.inf)
 
 
 def fit_baseline(name: str, file: Path, bundle: Bundle, task: Task, device: str) -> Baseline:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,16 @@ def fingerprint(victim: nn.Module, *images: NDArray[np.uint8]) -> str:
     # Of a graph, state_dict has the convolutions alone; its normalisation counts too.
     values = [*victim.state_dict().values(), *(victim.constants if isinstance(victim, GraphEncoder) else ())]
     return digest_of(*(value.detach().cpu().numpy() for value in values), *images)
+
+
+@cache
+def code_of(package: str) -> str:
+    """8 hexadecimal digits of a package's source: what other code makes is another thing, and made anew."""
+    (place,) = importlib.import_module(package).__path__
+    digest = hashlib.sha256()
+    for file in sorted(Path(place).glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def digest_of(*arrays: NDArray[Any]) -> str:

@@ -29,8 +29,8 @@ from hardening.graph import Graph
 from hardening.knn import knn_predict
 from hardening.measure.baselines import Baseline, fit_baseline, train_baseline
 from hardening.measure.changes import honest_changes
-from hardening.measure.knowing import attack_knowing, fewer_steps, target_of
-from hardening.measure.oblivious import NOISE, UNIVERSAL, craft, craft_universal, fingerprint, kept, load_universal
+from hardening.measure.knowing import HEAD_AWARE, attack_knowing, fewer_steps, target_of
+from hardening.measure.oblivious import NOISE, UNIVERSAL, code_of, craft, craft_universal, fingerprint, kept, load_universal
 from hardening.measure.records import CLEAN, Origin, Record, once
 from hardening.measure.rivals import Rival, fit_rivals
 from hardening.measure.sizes import Size
@@ -55,6 +55,8 @@ RETURNED = "returned embedding"
 NEIGHBOURS = 20
 _RECALL_AT = 10
 _EXAMPLES = 4
+_BASELINE_KNOWN = f"white box {HEAD_AWARE}"
+"""Of a baseline: its own heads are attacked, as the bundle's are."""
 LESS_EFFORT = (0.125, 0.25, 0.5)
 """Shares of an attack's steps or epochs, to see whether more would bring more."""
 
@@ -113,7 +115,7 @@ def craft_perturbations(
 def attack_file(plan: Plan, attack: str, epsilon: float, seed: int, victim: nn.Module, *images: NDArray[np.uint8]) -> Path:
     """Where an attack on the public victim is kept: a perturbation for all images, or `images` attacked one by one."""
     made_of = fingerprint(victim, *images) if images else f"{fingerprint(victim)}-{plan.attackers}"
-    folder = f"{plan.origin.size}-{made_of}"
+    folder = f"{plan.origin.size}-{made_of}-{code_of('hardening.attacks')}"
     return plan.out / "attacks" / folder / f"{attack}-{epsilon:g}-{seed}.npz"
 
 
@@ -127,7 +129,7 @@ def train_defence(plan: Plan, name: str, root: Path, baseline: str, *, bars: Bar
 
 def baseline_file(plan: Plan, baseline: str) -> Path:
     """Where a baseline's encoder is kept; the first seed is that of its training."""
-    made_from = f"{plan.origin.digest[:8]}-{plan.attackers[:8]}"
+    made_from = f"{plan.origin.digest[:8]}-{plan.attackers[:8]}-{code_of('hardening.baselines')}"
     return plan.out / "baselines" / f"{plan.origin.folder}-{made_from}-{plan.origin.size}-{baseline}-{plan.seeds[0]}.pt"
 
 
@@ -179,6 +181,15 @@ class _Known:
     task: Task
 
 
+@dataclass(frozen=True)
+class _Near:
+    """What the nearest clean images say of some images."""
+
+    right: NDArray[np.bool_]
+    """[N]: whether most of them have the true class."""
+    quality: dict[str, float]
+
+
 class _Room:
     """One task of one bundle, and everything that is computed once for it."""
 
@@ -188,6 +199,7 @@ class _Room:
         self.before = self.values(task.images, "clean test images")
         self.predicted = task.predictions(self.before, self.manifest)
         self.victim = graph.encoder(TRIPWIRE)
+        self.near = self.neighbours(self.before, task.labels)
 
     def file(self, attack: str, epsilon: float = 0, seed: int = 0) -> Path:
         """The cell's file."""
@@ -207,8 +219,8 @@ class _Room:
 
         for system, predicted in task.predictions(values, self.manifest).items():
             add("clean_acc", system, float((predicted == task.clean_labels).mean()), n=more)
-        for subject, quality in self.neighbours(self.before, task.labels).items():
-            for metric, value in quality.items():
+        for subject, near in self.near.items():
+            for metric, value in near.quality.items():
                 add(metric, subject, value)
         add("scores", "detector", [round(float(score), 4) for score in self.before["score"]])
         tables = _tables(self.manifest, task)
@@ -275,6 +287,8 @@ class _Room:
         """Baseline defences under the same attacks on the public victim, each in files of its own."""
         plan, task, trained = self.plan, self.task, self.plan.seeds[0]
         every = [(CLEAN, 0.0, trained), *cells]
+        if HEAD_AWARE in plan.knowing:
+            every += [(_BASELINE_KNOWN, e, s) for e in plan.epsilons for s in plan.seeds]
         fitted = [
             fit_baseline(name, baseline_file(plan, name), self.bundle, task, plan.device)
             for name in plan.baselines
@@ -286,7 +300,7 @@ class _Room:
             for attack, epsilon, seed in every:
                 missing = [b for b in fitted if not self.file(f"{b.name} {attack}", epsilon, seed).exists()]
                 images = task.clean_images
-                if missing and attack != CLEAN:
+                if missing and attack not in (CLEAN, _BASELINE_KNOWN):
                     images = self.attacked(attack, epsilon, seed)
                 for baseline in missing:
                     file = self.file(f"{baseline.name} {attack}", epsilon, seed)
@@ -294,13 +308,19 @@ class _Room:
                 progress.advance(1, f"{attack} eps {epsilon:g} seed {seed}")
 
     def baseline(self, baseline: Baseline, attack: str, epsilon: float, seed: int, images: NDArray[np.uint8]) -> list[Record]:
-        """A baseline's accuracy on the test images [N, H, W, 3], clean or attacked."""
-        labels = self.task.clean_labels if attack == CLEAN else self.task.labels
+        """A baseline's accuracy on images [N, H, W, 3]: clean ones, attacked ones, or ones to be attacked through it."""
+        labels, before = self.task.labels, baseline.before
+        if attack == CLEAN:
+            labels = self.task.clean_labels
+        if attack == _BASELINE_KNOWN:
+            few = spread(len(labels), self.size.adaptive_images)
+            labels, before = labels[few], before[few]
+            images = self.attacked_knowing(HEAD_AWARE, baseline.target(), epsilon, seed, few)
         predicted = baseline.predict(images)
         if attack == CLEAN:
             found = {"clean_acc": float((predicted == labels).mean())}
         else:
-            found = under_attack(predicted, baseline.before, labels)
+            found = under_attack(predicted, before, labels)
         return [
             self.plan.origin.record(metric, baseline.system, self.task.name, attack, value, len(labels), epsilon, seed)
             for metric, value in found.items()
@@ -324,9 +344,16 @@ class _Room:
     def knowing(self, box: str, known: list[_Known], attack: str, epsilon: float, seed: int) -> list[Record]:
         """One attack of the adaptive suite, on some images of the task."""
         few = spread(len(self.task.images), self.size.adaptive_images)
-        attacked = attack_knowing(
+        target = Target.together([target_of(one.graph, one.task, one.bundle.manifest, attack) for one in known])
+        return self.judged(f"{box} {attack}", epsilon, seed, self.attacked_knowing(attack, target, epsilon, seed, few), few)
+
+    def attacked_knowing(
+        self, attack: str, target: Target, epsilon: float, seed: int, few: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        """Some of the test images, `few` [N], under an attack of the adaptive suite."""
+        return attack_knowing(
             attack,
-            Target.together([target_of(one.graph, one.task, one.bundle.manifest, attack) for one in known]),
+            target,
             self.task.images[few],
             self.task.labels[few],
             epsilon=epsilon,
@@ -336,7 +363,6 @@ class _Room:
             device=self.plan.device,
             bars=self.bars,
         )
-        return self.judged(f"{box} {attack}", epsilon, seed, attacked, few)
 
     def judged(
         self, attack: str, epsilon: float, seed: int, attacked: NDArray[np.uint8], chosen: NDArray[np.int64]
@@ -354,8 +380,9 @@ class _Room:
         for system, found in predicted.items():
             for metric, value in under_attack(found, before[system], labels).items():
                 add(metric, system, value)
-        for subject, quality in self.neighbours(values, labels).items():
-            for metric, value in quality.items():
+        near = self.neighbours(values, labels)
+        for subject, there in near.items():
+            for metric, value in there.quality.items():
                 add(metric, subject, value)
         clean_score, score = self.before["score"][chosen].numpy(), values["score"].numpy()
         truth = np.repeat([0, 1], [len(clean_score), len(score)])
@@ -376,10 +403,14 @@ class _Room:
                     broken = right & (predicted[GUARDED] != labels) & (p > budget)
                     add(f"success@{budget:g}", name, float(broken.sum() / right.sum()), int(right.sum()))
                     add(f"broken@{budget:g}", name, [float(one) for one in broken[right]], int(right.sum()))
+                # The same of the returned embedding, for who has no classifier: the neighbours' class.
+                if near and (found := self.near[RETURNED].right[chosen]).any():
+                    lost = found & ~near[RETURNED].right & (p > budget)
+                    add(f"knn_success@{budget:g}", name, float(lost.sum() / found.sum()), int(found.sum()))
         return records
 
-    def neighbours(self, values: Mapping[str, Tensor], labels: NDArray[np.int64]) -> dict[str, dict[str, float]]:
-        """kNN accuracy and recall@10 against the clean gallery; the victim's features are centred there too."""
+    def neighbours(self, values: Mapping[str, Tensor], labels: NDArray[np.int64]) -> dict[str, _Near]:
+        """By kind of embedding, kNN accuracy and recall@10 against the clean gallery; the victim's features are centred there too."""
         task = self.task
         if task.victim_head is None:
             return {}
@@ -394,7 +425,8 @@ class _Room:
             similar = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(gallery, dim=1).T
             nearest = task.gallery_labels[similar.topk(min(_RECALL_AT, len(gallery)), dim=1).indices.numpy()]
             recalled = (nearest == labels[:, None]).any(axis=1)
-            found[subject] = {"knn_acc": float(right.mean()), f"recall@{_RECALL_AT}": float(recalled.mean())}
+            quality = {"knn_acc": float(right.mean()), f"recall@{_RECALL_AT}": float(recalled.mean())}
+            found[subject] = _Near(right, quality)
         return found
 
 
