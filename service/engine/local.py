@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from model_store.bundle import Bundle, check_golden, load_bundle
 from model_store.errors import TwogateError
-from model_store.pixels import Limits, decode
+from model_store.pixels import decode
 from model_store.session import GateSession
 from model_store.store import resolve
 from model_store.tasks import TaskHead, check_head
@@ -65,9 +65,9 @@ class LocalGate:
         """Load and check `wanted` (`name` or `name/version`) from a store; raises as the class does."""
         return cls(load_bundle(resolve(store, wanted)), max_fpr, threads)
 
-    def decode(self, data: bytes, limits: Limits | None = None) -> NDArray[np.uint8]:
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded image as the graph wants it, uint8 [H, W, 3]; ImageError where it is refused."""
-        return decode(data, self.manifest.pixels, limits)
+        return decode(data, self.manifest.pixels)
 
     def judge(self, pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[Judged]:
         """Answer for N decoded pictures, each uint8 [H, W, 3], in one forward."""
