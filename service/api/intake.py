@@ -83,7 +83,6 @@ def parse(body: bytes, content_type: str, query: QueryParams, *, max_images: int
         _check_count(len(items), max_images)
         texts = [item.image if isinstance(item, ImageItem) else item for item in items]
         images = [_decode_text(text, index, max_bytes) for index, text in enumerate(texts)]
-        # Strictest of the two: neither place can ask for less than the other.
         options = _from_query(query, asked)
     elif media_type == "multipart/form-data":
         images = file_parts(body, content_type, max_files=max_images, max_bytes=max_bytes)
