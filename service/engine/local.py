@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from model_store.bundle import Bundle, check_golden, load_bundle
 from model_store.errors import TwogateError
 from model_store.pixels import decode
-from model_store.session import GateSession
+from model_store.session import GateSession, keep_little_freed_memory
 from model_store.store import resolve
 from model_store.tasks import TaskHead, check_head
 from service.cores import usable_cores
@@ -51,6 +51,7 @@ class LocalGate:
         self.model_sha256 = bundle.model_sha256
         self.max_fpr = max_fpr
         self.threads = threads or usable_cores()
+        keep_little_freed_memory()
         self._session = GateSession(bundle, threads=self.threads, providers=_providers(provider, allow_fallback))
         self.provider = self._session.providers[0]
         if self.provider != _PROVIDERS[provider] and not allow_fallback:
