@@ -167,10 +167,7 @@ def _size(path: Path) -> str:
 
 
 def _summary(path: Path, manifest: Manifest) -> str:
-    import numpy as np
-
     rule, calibration = manifest.pixels, manifest.calibration
-    scores = np.asarray(calibration.scores)
     lines = [
         f"{manifest.name}/{manifest.version}, created {manifest.created:%Y-%m-%d %H:%M}, {_size(path)}",
         f"digest      {manifest.digest}",
@@ -186,9 +183,8 @@ def _summary(path: Path, manifest: Manifest) -> str:
         "  budget (max_fpr)  flags scores",
     ]
     for budget in (0.001, 0.01, 0.05):
-        # p <= budget while at most this many clean images are as suspicious.
-        allowed = int(budget * (calibration.n + 1) + 1e-9) - 1
-        threshold = f"above {scores[-1 - allowed]:.4g}" if allowed >= 0 else "too few clean images"
+        supported = budget >= calibration.smallest_budget
+        threshold = f"above {calibration.threshold(budget):.4g}" if supported else "too few clean images"
         lines.append(f"  {budget:<17g} {threshold}")
     if manifest.tasks:
         lines.append("tasks")
