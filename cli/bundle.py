@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import Store, store_folder
+from cli.options import Store, bundle_folder, store_folder
 
 if TYPE_CHECKING:
     from model_store.manifest import Manifest
@@ -70,7 +70,7 @@ def show(
     """
     from model_store.manifest import read_manifest
 
-    path = _path(wanted, store)
+    path = bundle_folder(wanted, store)
     manifest = read_manifest(path)
     if as_json:
         typer.echo(manifest.model_dump_json(indent=2, exclude={"golden": True, "calibration": {"scores"}}))
@@ -89,7 +89,7 @@ def verify(wanted: Wanted, store: Store = None) -> None:
     from model_store.bundle import verify_bundle
     from model_store.manifest import read_manifest
 
-    path = _path(wanted, store)
+    path = bundle_folder(wanted, store)
     for check in verify_bundle(path):
         typer.echo(f"ok  {check}")
     manifest = read_manifest(path)
@@ -114,7 +114,7 @@ def diff(
     from model_store.differences import differences
     from model_store.manifest import read_manifest
 
-    old, new = (read_manifest(_path(wanted, store)) for wanted in (before, after))
+    old, new = (read_manifest(bundle_folder(wanted, store)) for wanted in (before, after))
     labels = [f"{one.name}/{one.version}" for one in (old, new)]
     found = differences(old, new)
     if not found:
@@ -148,17 +148,6 @@ def import_(
     bundle = load_bundle(path)
     card = f"## Imported\n\nIt was {bundle.label} elsewhere."
     typer.echo(revise(bundle, store, fields={}, card=card, record={"imported": True}))
-
-
-def _path(wanted: str, store: Path | None) -> Path:
-    """The folder of a bundle that was named, or whose path was given."""
-    from model_store.manifest import MANIFEST_FILE
-    from model_store.store import resolve
-
-    path = Path(wanted).expanduser()
-    if wanted.startswith((".", "/", "~")) or (store is None and (path / MANIFEST_FILE).is_file()):
-        return path
-    return resolve(store_folder(store), wanted)
 
 
 def _size(path: Path) -> str:

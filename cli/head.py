@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from cli.extras import needs
-from cli.options import Store, say_newer, store_folder
+from cli.options import Store, store_folder
+from cli.say import say_left_out, say_newer
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, help="Task heads: classifiers that a bundle carries.")
 
@@ -74,10 +75,7 @@ def train(
             begin=shown.begin,
             advance=shown.advance,
         )
-    for path, reason in trained.skipped:
-        typer.echo(f"skipped {path}: {reason}", err=True)
-    if trained.copies:
-        typer.echo(f"left out {trained.copies} files that are copies of others", err=True)
+    say_left_out(trained.skipped, trained.copies)
     say_newer(bundle, trained.place)
     typer.echo(f"task {task}: {len(trained.task.classes)} classes, {fusion} fusion, {trained.task.trained_on}", err=True)
     for metric, value in trained.task.metrics.items():

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Store, say_newer, store_folder
+from cli.options import Store, store_folder
+from cli.say import say_left_out, say_newer
 
 
 def recalibrate(
@@ -50,10 +51,7 @@ def recalibrate(
             begin=shown.begin,
             advance=shown.advance,
         )
-    for path, reason in done.answers.skipped:
-        typer.echo(f"skipped {path}: {reason}", err=True)
-    if done.copies:
-        typer.echo(f"left out {done.copies} files that are copies of others", err=True)
+    say_left_out(done.answers.skipped, done.copies)
     say_newer(bundle, done.place)
     smallest = done.calibration.smallest_budget
     typer.echo(f"calibrated on {done.calibration.n} clean images; the smallest max_fpr is {smallest:.2g}", err=True)
