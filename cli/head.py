@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,15 +10,9 @@ import typer
 from cli.extras import needs
 from cli.options import Store, store_folder
 from cli.say import say_left_out, say_newer
+from model_store.choices import Fusion
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, help="Task heads: classifiers that a bundle carries.")
-
-
-class Fusion(StrEnum):
-    """How the branches vote."""
-
-    guarded = "guarded"
-    rfdm = "rfdm"
 
 
 @app.callback()
@@ -39,7 +32,7 @@ def train(
     ],
     fusion: Annotated[
         Fusion, typer.Option(help="guarded: branches vote as far as each can be trusted; rfdm: by certainty (ZePAD).")
-    ] = Fusion.guarded,
+    ] = "guarded",
     seed: Annotated[int, typer.Option(min=0, help="Draws the 15% of the images that are held out.")] = 0,
     store: Store = None,
 ) -> None:
@@ -68,7 +61,7 @@ def train(
             folder,
             task,
             data,
-            fusion=fusion.value,
+            fusion=fusion,
             seed=seed,
             only_newest="/" not in wanted,
             threads=usable_cores(),

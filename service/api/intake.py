@@ -13,10 +13,10 @@ from starlette.datastructures import QueryParams
 
 from service.api.multipart import file_parts
 from service.api.schemas import EncodingFormat
+from service.choices import OnFlag
 from service.problems import ImageTooLarge, InvalidRequest, MalformedRequest, Problem, TooManyImages, UnsupportedMedia
 
 M = TypeVar("M", bound=BaseModel)
-OnFlag = Literal["flag", "reject"]
 BODY_TYPES = ("application/json", "multipart/form-data", "image/*", "application/octet-stream")
 _FEWEST_COMMAS, _COMMAS_PER_IMAGE = 1000, 10
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re.IGNORECASE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +15,7 @@ from model_store.pixels import decode
 from model_store.session import GateSession, keep_little_freed_memory
 from model_store.store import resolve
 from model_store.tasks import TaskHead, check_head
+from service.choices import Provider
 from service.cores import usable_cores
 from service.engine.verdict import BrokenOutput, Judged, judge_outputs
 
@@ -42,7 +42,7 @@ class LocalGate:
         max_fpr: float = 0.01,
         threads: int | None = None,
         *,
-        provider: Literal["cpu", "cuda"] = "cpu",
+        provider: Provider = "cpu",
         allow_fallback: bool = False,
     ) -> None:
         bundle.manifest.calibration.require_budget(max_fpr)
@@ -92,7 +92,7 @@ class LocalGate:
         return probabilities
 
 
-def _providers(provider: Literal["cpu", "cuda"], allow_fallback: bool) -> tuple[str, ...]:
+def _providers(provider: Provider, allow_fallback: bool) -> tuple[str, ...]:
     """What to ask ONNX Runtime for. It falls back silently, so what it cannot do is refused here."""
     wanted, cpu = _PROVIDERS[provider], _PROVIDERS["cpu"]
     if wanted not in ort.get_available_providers():
