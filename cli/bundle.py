@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import Store, store_folder
+from cli.options import Store, bundle_folder, store_folder
 
 if TYPE_CHECKING:
     from model_store.manifest import Manifest
@@ -70,7 +70,7 @@ def show(
     """
     from model_store.manifest import read_manifest
 
-    path = _path(wanted, store)
+    path = bundle_folder(wanted, store)
     manifest = read_manifest(path)
     if as_json:
         typer.echo(manifest.model_dump_json(indent=2, exclude={"golden": True, "calibration": {"scores"}}))
@@ -89,7 +89,7 @@ def verify(wanted: Wanted, store: Store = None) -> None:
     from model_store.bundle import verify_bundle
     from model_store.manifest import read_manifest
 
-    path = _path(wanted, store)
+    path = bundle_folder(wanted, store)
     for check in verify_bundle(path):
         typer.echo(f"ok  {check}")
     manifest = read_manifest(path)
@@ -114,7 +114,7 @@ def diff(
     from model_store.differences import differences
     from model_store.manifest import read_manifest
 
-    old, new = (read_manifest(_path(wanted, store)) for wanted in (before, after))
+    old, new = (read_manifest(bundle_folder(wanted, store)) for wanted in (before, after))
     labels = [f"{one.name}/{one.version}" for one in (old, new)]
     found = differences(old, new)
     if not found:
@@ -150,27 +150,13 @@ def import_(
     typer.echo(revise(bundle, store, fields={}, card=card, record={"imported": True}))
 
 
-def _path(wanted: str, store: Path | None) -> Path:
-    """The folder of a bundle that was named, or whose path was given."""
-    from model_store.manifest import MANIFEST_FILE
-    from model_store.store import resolve
-
-    path = Path(wanted).expanduser()
-    if wanted.startswith((".", "/", "~")) or (store is None and (path / MANIFEST_FILE).is_file()):
-        return path
-    return resolve(store_folder(store), wanted)
-
-
 def _size(path: Path) -> str:
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return f"{total / 2**20:.1f} MiB" if total >= 2**20 else f"{total / 2**10:.0f} KiB"
 
 
 def _summary(path: Path, manifest: Manifest) -> str:
-    import numpy as np
-
     rule, calibration = manifest.pixels, manifest.calibration
-    scores = np.asarray(calibration.scores)
     lines = [
         f"{manifest.name}/{manifest.version}, created {manifest.created:%Y-%m-%d %H:%M}, {_size(path)}",
         f"digest      {manifest.digest}",
@@ -186,9 +172,8 @@ def _summary(path: Path, manifest: Manifest) -> str:
         "  budget (max_fpr)  flags scores",
     ]
     for budget in (0.001, 0.01, 0.05):
-        # p <= budget while at most this many clean images are as suspicious.
-        allowed = int(budget * (calibration.n + 1) + 1e-9) - 1
-        threshold = f"above {scores[-1 - allowed]:.4g}" if allowed >= 0 else "too few clean images"
+        supported = budget >= calibration.smallest_budget
+        threshold = f"above {calibration.threshold(budget):.4g}" if supported else "too few clean images"
         lines.append(f"  {budget:<17g} {threshold}")
     if manifest.tasks:
         lines.append("tasks")

@@ -61,46 +61,27 @@ def embed(
         _check(output, overwrite)
         with needs("batch"):
             from cli.table import writing
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+    from cli.bar import bar
     from cli.rows import find, rows
     from model_store.store import DEFAULT_BUNDLE
     from service.engine.local import LocalGate
 
     gate = LocalGate.open(store_folder(store), bundle or DEFAULT_BUNDLE, max_fpr)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     total = sum(1 for _ in find(paths, output))
     counts = {"answered": 0, "flagged": 0, "broken": 0}
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
     with ExitStack() as stack:
         put: Callable[[Row], None] = _print if output == STDOUT else stack.enter_context(writing(output, gate)).append
-        stack.enter_context(bar)
-        task = bar.add_task(f"embedding with {gate.label}", total=total)
+        shown = stack.enter_context(bar(f"embedding with {gate.label}"))
+        shown.begin(total)
         for row in rows(gate, find(paths, output), batch=batch, threads=gate.threads):
             put(row)
             counts["broken" if row.judged is None else "answered"] += 1
             counts["flagged"] += row.judged is not None and row.judged.verdict.flagged
-            bar.advance(task)
+            shown.advance()
     if output != STDOUT:
         answered, flagged, broken = counts["answered"], counts["flagged"], counts["broken"]
-        console.print(f"{output}: {answered} images answered, {flagged} of them flagged; {broken} without an answer")
+        said = f"{output}: {answered} images answered, {flagged} of them flagged; {broken} without an answer"
+        typer.echo(said, err=True)
     if not counts["answered"]:
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""`twogate evaluate` and `twogate attack`."""
+"""`twogate evaluate`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Annotated
 import typer
 
 from cli.extras import needs
-from cli.options import Store, store_folder
+from cli.options import Device, Size, Store, bundle_folder, task_folder, whole_number
+from cli.say import going_on_later
 from model_store.errors import TwogateError
-
-_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-_Size = Annotated[str, typer.Option(help="smoke (a minute), small (two cores), full (an accelerator).")]
 
 
 def evaluate(
@@ -27,7 +25,7 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of records and report.")] = Path("evaluation"),
-    size: _Size = "small",
+    size: Size = "small",
     attacks: Annotated[
         str, typer.Option(help="Made on the public victim; comma-separated, `none` for none.", show_default="all of them")
     ] = "all",
@@ -66,7 +64,7 @@ def evaluate(
     seeds: Annotated[str, typer.Option(help="Of the attacks, comma-separated.")] = "0,1,2",
     workers: Annotated[int, typer.Option(min=1, help="Tasks side by side, one core each.")] = 1,
     store: Store = None,
-    device: _Device = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Measure bundles under attack, and write a report (Markdown and HTML) from records that say how each number was made.
 
@@ -84,12 +82,12 @@ def evaluate(
         from hardening.measure import knowing, oblivious
         from hardening.measure.baselines import BASELINES
         from hardening.measure.evaluate import evaluate as measure
-    try:
+    with going_on_later():
         page = measure(
-            [_place(store, wanted) for wanted in bundles or []],
+            [bundle_folder(wanted, store) for wanted in bundles or []],
             _pairs(task or []),
             out,
-            surrogates=[_place(store, one) for one in surrogate.split(",")] if surrogate else (),
+            surrogates=[bundle_folder(one, store) for one in surrogate.split(",")] if surrogate else (),
             size=size,
             attacks=_names(attacks, oblivious.ATTACKS),
             adaptive=_names(adaptive, knowing.KNOWING),
@@ -102,65 +100,11 @@ def evaluate(
             device=device,
             command=["twogate", *sys.argv[1:]],
         )
-    except KeyboardInterrupt:
-        typer.echo("twogate: stopped; the same command goes on where it stopped", err=True)
-        raise typer.Exit(130) from None
     typer.echo(page)
 
 
-def attack(
-    bundle: Annotated[str, typer.Argument(help="NAME, NAME/VERSION or a bundle's folder: whose public victim is attacked.")],
-    data: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Images: train/<class>/*, test/<class>/*, or flat.")
-    ],
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder that gets the pictures, as PNG files.")],
-    name: Annotated[
-        str, typer.Option("--attack", help="pgd, targeted, uap, per, pat, pap-base, pap-fuse, pap-ugs, ssp, noise.")
-    ] = "pgd",
-    epsilon: Annotated[
-        int,
-        typer.Option(
-            min=1, max=64, help="L-infinity budget in 1/255, a whole number: pictures have 8 bits; a patch has none."
-        ),
-    ] = 10,
-    images: Annotated[int, typer.Option(min=1, help="How many pictures, drawn with the seed.")] = 20,
-    size: _Size = "small",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    store: Store = None,
-    device: _Device = "cpu",
-) -> None:
-    """Attack pictures on a bundle's public victim, and write them as PNG files beside the clean ones, ready to be posted.
-
-    - `twogate attack photos --data images/ --out attacked/ --attack pgd --epsilon 10`
-
-    - `curl -F file=@attacked/0000-x-pgd.png http://127.0.0.1:8000/v1/scan`
-
-    For measuring a defence that is yours. The attacked files are listed.
-    """
-    with needs("harden"):
-        from hardening.measure.evaluate import attack as make
-    for file in make(
-        _place(store, bundle), data, out, name=name, epsilon=epsilon, images=images, size=size, seed=seed, device=device
-    ):
-        typer.echo(file)
-
-
-def _place(store: Path | None, wanted: str) -> Path:
-    from model_store.manifest import MANIFEST_FILE
-    from model_store.store import resolve
-
-    return Path(wanted) if (Path(wanted) / MANIFEST_FILE).is_file() else resolve(store_folder(store), wanted)
-
-
-def _pair(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    if not equals or not name or not Path(folder).is_dir():
-        raise TwogateError(f"--task {text}: write NAME=DIR, with a folder that exists")
-    return name, Path(folder)
-
-
 def _pairs(texts: list[str]) -> dict[str, Path]:
-    pairs = [_pair(text) for text in texts]
+    pairs = [task_folder(text) for text in texts]
     twice = [name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number])]
     if twice:
         raise TwogateError(f"--task {twice[0]}= is there twice: give each folder a name of its own")
@@ -176,11 +120,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise TwogateError(f"{text!r} is no number") from None
-
-
-def whole_number(text: str) -> int:
-    """TwogateError where the text is no whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise TwogateError(f"{text!r} is no whole number") from None

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.extras import needs
+from cli.say import going_on_later
 
 
 def harden(
@@ -42,9 +43,6 @@ def harden(
     """
     with needs("harden"):
         from hardening.pipeline import harden as harden_recipe
-    try:
+    with going_on_later():
         bundle = harden_recipe(recipe, data, store, run, device)
-    except KeyboardInterrupt:
-        typer.echo("twogate: stopped; the same command goes on where it stopped", err=True)
-        raise typer.Exit(130) from None
     typer.echo(bundle)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cli.extras import needs
-from cli.options import Store, say_newer, store_folder
+from cli.options import Store, store_folder
+from cli.say import say_left_out, say_newer
+from model_store.choices import Fusion
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, help="Task heads: classifiers that a bundle carries.")
-
-
-class Fusion(StrEnum):
-    """How the branches vote."""
-
-    guarded = "guarded"
-    rfdm = "rfdm"
 
 
 @app.callback()
@@ -38,7 +32,7 @@ def train(
     ],
     fusion: Annotated[
         Fusion, typer.Option(help="guarded: branches vote as far as each can be trusted; rfdm: by certainty (ZePAD).")
-    ] = Fusion.guarded,
+    ] = "guarded",
     seed: Annotated[int, typer.Option(min=0, help="Draws the 15% of the images that are held out.")] = 0,
     store: Store = None,
 ) -> None:
@@ -67,17 +61,14 @@ def train(
             folder,
             task,
             data,
-            fusion=fusion.value,
+            fusion=fusion,
             seed=seed,
             only_newest="/" not in wanted,
             threads=usable_cores(),
             begin=shown.begin,
             advance=shown.advance,
         )
-    for path, reason in trained.skipped:
-        typer.echo(f"skipped {path}: {reason}", err=True)
-    if trained.copies:
-        typer.echo(f"left out {trained.copies} files that are copies of others", err=True)
+    say_left_out(trained.skipped, trained.copies)
     say_newer(bundle, trained.place)
     typer.echo(f"task {task}: {len(trained.task.classes)} classes, {fusion} fusion, {trained.task.trained_on}", err=True)
     for metric, value in trained.task.metrics.items():

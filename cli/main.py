@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cli import bundle, embed, evaluate, harden, head, probe, recalibrate, serve
+from cli import attack, bundle, embed, evaluate, harden, head, probe, recalibrate, serve
 from model_store.errors import TwogateError
 
 
@@ -52,7 +52,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("embed")(embed.embed)
 app.command("harden")(harden.harden)
-app.command("attack")(evaluate.attack)
+app.command("attack")(attack.attack)
 app.command("evaluate")(evaluate.evaluate)
 app.command("recalibrate")(recalibrate.recalibrate)
 app.add_typer(probe.app, name="probe")

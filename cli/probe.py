@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from cli.evaluate import _pair, _place, whole_number
 from cli.extras import needs
-from cli.options import Store
+from cli.options import Store, bundle_folder, task_folder, whole_number
+from cli.say import going_on_later
 
 app = typer.Typer(
     rich_markup_mode="markdown", no_args_is_help=True, help="Attack a running service from outside, as its clients reach it."
@@ -61,9 +61,9 @@ def photographs(
     """
     with needs("harden"):
         from hardening.measure.probe import probe_photographs
-    try:
+    with going_on_later():
         page = probe_photographs(
-            _place(store, bundle),
+            bundle_folder(bundle, store),
             url,
             images,
             out,
@@ -74,8 +74,6 @@ def photographs(
             device=device,
             command=["twogate", *sys.argv[1:]],
         )
-    except KeyboardInterrupt:
-        raise _stopped() from None
     typer.echo(page)
 
 
@@ -106,10 +104,10 @@ def blackbox(
     """
     with needs("harden"):
         from hardening.measure.probe import probe_blackbox
-    name, root = _pair(task)
-    try:
+    name, root = task_folder(task)
+    with going_on_later():
         page = probe_blackbox(
-            _place(store, bundle),
+            bundle_folder(bundle, store),
             url,
             name,
             root,
@@ -122,11 +120,4 @@ def blackbox(
             device=device,
             command=["twogate", *sys.argv[1:]],
         )
-    except KeyboardInterrupt:
-        raise _stopped() from None
     typer.echo(page)
-
-
-def _stopped() -> typer.Exit:
-    typer.echo("twogate: stopped; the same command goes on where it stopped", err=True)
-    return typer.Exit(130)

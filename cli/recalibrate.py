@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Store, say_newer, store_folder
+from cli.options import Store, store_folder
+from cli.say import say_left_out, say_newer
 
 
 def recalibrate(
@@ -31,6 +32,7 @@ def recalibrate(
     """
     from cli.bar import bar
     from model_store.bundle import load_bundle
+    from model_store.calibration import images_for
     from model_store.recalibrate import USUAL_BUDGET
     from model_store.recalibrate import recalibrate as calibrate_anew
     from model_store.store import resolve
@@ -49,15 +51,12 @@ def recalibrate(
             begin=shown.begin,
             advance=shown.advance,
         )
-    for path, reason in done.answers.skipped:
-        typer.echo(f"skipped {path}: {reason}", err=True)
-    if done.copies:
-        typer.echo(f"left out {done.copies} files that are copies of others", err=True)
+    say_left_out(done.answers.skipped, done.copies)
     say_newer(bundle, done.place)
     smallest = done.calibration.smallest_budget
     typer.echo(f"calibrated on {done.calibration.n} clean images; the smallest max_fpr is {smallest:.2g}", err=True)
     for budget in (0.001, 0.01, 0.05):
-        supported = "is supported" if budget >= smallest else f"needs {round(1 / budget) - 1} images"
+        supported = "is supported" if budget >= smallest else f"needs {images_for(budget)} images"
         typer.echo(f"  max_fpr {budget:g} {supported}", err=True)
     if done.calibration.changes:
         changes, alone = ", ".join(done.calibration.changes), done.calibration.each_alone_from

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-class OnFlag(StrEnum):
-    """What happens to an image that is flagged."""
-
-    flag = "flag"
-    reject = "reject"
-
-
-class Provider(StrEnum):
-    """Where the graph runs."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+from service.choices import OnFlag, Provider
 
 
 def serve(
@@ -71,8 +58,8 @@ def serve(
             store=store,
             bundle=bundle,
             max_fpr=max_fpr,
-            on_flag=on_flag.value if on_flag else None,
-            provider=provider.value if provider else None,
+            on_flag=on_flag,
+            provider=provider,
             threads=threads,
         )
     except SettingsError as error:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,6 +31,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import cross_val_predict
 
 from model_store.bundle import Bundle
+from model_store.choices import Fusion
 from model_store.errors import TwogateError
 from model_store.folder import Answers, answer_files, class_names, files_below, name_of
 from model_store.manifest import NAME_PATTERN, Manifest, Task, task_file
@@ -39,7 +40,6 @@ from model_store.session import GateSession
 from model_store.store import try_store
 from model_store.tasks import TaskHead, check_head
 
-Fusion = Literal["guarded", "rfdm"]
 RFDM_K = 3.0
 VOTE_FLOOR = 0.3
 """Times chance, added to every probability in a vote: no branch can speak against a class by more than its logarithm."""

@@ -32,6 +32,11 @@ def copies_of(n: int) -> int:
     return min((n + 1) // 2, _MOST_COPIES)
 
 
+def images_for(max_fpr: float) -> int:
+    """The fewest clean images that can promise a false-positive rate: `smallest_budget` the other way round."""
+    return math.ceil(1 / max_fpr) - 1
+
+
 def is_empty(values: tuple[object, ...]) -> bool:
     """For optional fields: a manifest without them is what programs that do not know them can read."""
     return not values
@@ -125,13 +130,19 @@ class Calibration(BaseModel):
         at_least = self.n - np.searchsorted(self._table, values, side="left")
         return np.asarray((1 + np.where(np.isnan(values), 0, at_least)) / (self.n + 1))
 
+    def threshold(self, max_fpr: float) -> float:
+        """The largest score that is not flagged at a false-positive rate. BudgetTooSmall where every score passes it."""
+        self.require_budget(max_fpr)
+        # p <= max_fpr while at most this many clean images are as suspicious.
+        flagged = int(max_fpr * (self.n + 1) + 1e-9) - 1
+        return self.scores[-1 - flagged]
+
     def require_budget(self, max_fpr: float) -> None:
         """Raise BudgetTooSmall unless some p-value can be as small as `max_fpr`, a share between 0 and 1."""
         if not 0 < max_fpr < 1:
             raise TwogateError(f"max_fpr {max_fpr:g} is not a share of clean images: it must lie between 0 and 1")
         if max_fpr < self.smallest_budget:
-            needed = math.ceil(1 / max_fpr) - 1
             raise BudgetTooSmall(
-                f"max_fpr {max_fpr:g} needs at least {needed} calibration images, this bundle has {self.n}: "
+                f"max_fpr {max_fpr:g} needs at least {images_for(max_fpr)} calibration images, this bundle has {self.n}: "
                 f"the smallest budget it supports is {self.smallest_budget:.2g}"
             )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model_store.calibration import Calibration, is_empty
+from model_store.choices import Fusion
 from model_store.errors import BundleError
 from model_store.files import read_plain
 from model_store.pixels import PixelRule
@@ -110,7 +111,7 @@ class Task(_Part):
     name: str = Field(pattern=NAME_PATTERN)
     classes: tuple[str, ...] = Field(min_length=2, description="in the order of the head's probabilities")
     file: str = Field(description="tasks/<name>.onnx")
-    fusion: Literal["guarded", "rfdm"] = Field(
+    fusion: Fusion = Field(
         description="how the branches vote: as far as each can be trusted on this image (guarded), or by certainty (rfdm)"
     )
     trained_on: str = Field(description="what the labelled images were, in words")

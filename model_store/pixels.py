@@ -20,7 +20,6 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -167,12 +166,12 @@ def decode(data: bytes, rule: PixelRule, limits: Limits | None = None) -> NDArra
     return _decode(data, rule, limits or Limits(), enlarge=True)
 
 
-def decode_small(data: bytes, rule: PixelRule, limits: Limits | None = None) -> NDArray[np.uint8]:
+def decode_small(data: bytes, rule: PixelRule) -> NDArray[np.uint8]:
     """`decode`, but a picture both of whose sides are smaller than the input's stays as it is, [h, w, 3].
 
     What happens to such a picture on its way happens to its own pixels, before they are enlarged.
     """
-    return _decode(data, rule, limits or Limits(), enlarge=False)
+    return _decode(data, rule, Limits(), enlarge=False)
 
 
 def to_input(picture: Image.Image, rule: PixelRule) -> NDArray[np.uint8]:
@@ -180,11 +179,6 @@ def to_input(picture: Image.Image, rule: PixelRule) -> NDArray[np.uint8]:
     # Pillow copies a picture that it converts to what it is.
     rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
     return np.asarray(rgb.resize((rule.width, rule.height), _RESAMPLING[rule.resample]), dtype=np.uint8)
-
-
-def decode_file(path: Path, rule: PixelRule, limits: Limits | None = None) -> NDArray[np.uint8]:
-    """`decode` for a file; OSError where it cannot be read."""
-    return decode(path.read_bytes(), rule, limits)
 
 
 def _decode(data: bytes, rule: PixelRule, limits: Limits, enlarge: bool) -> NDArray[np.uint8]:

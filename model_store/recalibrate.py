@@ -6,7 +6,6 @@ nothing in the bundle was trained on. Where the bundle promises to be quiet on h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.bundle import Bundle
-from model_store.calibration import BudgetTooSmall, Calibration
+from model_store.calibration import BudgetTooSmall, Calibration, images_for
 from model_store.folder import Answers, FolderError, answer_files, files_below, name_of, read_small
 from model_store.honest import KINDS, changed_each_way, to_be_changed
 from model_store.pixels import PixelRule
@@ -109,7 +108,7 @@ def _require(folder: Path, n: int, what: str, allow_small: bool) -> None:
     """FolderError or BudgetTooSmall where so many images are too few."""
     if n < FEWEST_IMAGES:
         raise FolderError(f"{folder} holds {n} {what}; a calibration needs at least {FEWEST_IMAGES} images")
-    needed = math.ceil(1 / USUAL_BUDGET) - 1
+    needed = images_for(USUAL_BUDGET)
     if n < needed and not allow_small:
         raise BudgetTooSmall(
             f"{folder} holds {n} {what}, and a max_fpr of {USUAL_BUDGET:g} needs {needed}: bring more clean images, or say "

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from model_store.errors import BundleError
-from model_store.manifest import MODEL_FILE, Manifest
+from model_store.manifest import MODEL_FILE
 
 if TYPE_CHECKING:
     from model_store.bundle import Bundle
@@ -21,6 +21,8 @@ _M_TRIM_THRESHOLD = -1
 """The number of this option in glibc's malloc.h."""
 
 OUTPUTS = ("embedding", "confidence", "score")
+Signature = dict[str, tuple[str, list[int | None]]]
+"""A graph's inputs or outputs: name -> type and shape, where a free dimension is None."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,16 @@ class GateSession:
     def __init__(self, bundle: Bundle, *, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
         self._session = open_session(bundle.model, threads, providers)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-        check_signature(self._session, bundle.manifest)
+        rule, branches = bundle.manifest.pixels, len(bundle.manifest.branches)
+        check_signature(
+            self._session,
+            {"images": ("tensor(uint8)", [None, rule.height, rule.width, 3])},
+            {
+                "embedding": ("tensor(float)", [None, bundle.manifest.embedding_dim]),
+                "confidence": ("tensor(float)", [None, branches]),
+                "score": ("tensor(float)", [None]),
+            },
+        )
 
     def run(self, images: NDArray[np.uint8]) -> GateOutputs:
         """Answer for uint8 pictures [N, H, W, 3], RGB, made by the bundle's pixel rule."""
@@ -54,9 +65,9 @@ class GateSession:
 
 
 def open_session(
-    model: bytes, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    model: bytes, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",), file: str = MODEL_FILE
 ) -> ort.InferenceSession:
-    """An ONNX Runtime session that keeps no more memory than it needs. BundleError where the graph cannot be loaded."""
+    """An ONNX Runtime session that keeps no more memory than it needs. BundleError names `file` where it cannot be loaded."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -66,17 +77,16 @@ def open_session(
     options.enable_cpu_mem_arena = False
     # Never let the bytes choose another format: what was checked is an ONNX model.
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    _keep_little_freed_memory()
     try:
         session = ort.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise BundleError(MODEL_FILE, f"ONNX Runtime cannot load it ({type(error).__name__})") from error
+        raise BundleError(file, f"ONNX Runtime cannot load it ({type(error).__name__})") from error
     _give_back_freed_memory()
     return session
 
 
-def _keep_little_freed_memory() -> None:
-    """Let glibc keep no more than 16 MiB of freed memory at the end of its heap, for the whole process.
+def keep_little_freed_memory() -> None:
+    """Let glibc keep no more than 16 MiB of freed memory at the end of its heap, for the whole process: for one that serves.
 
     Otherwise it raises that bound by itself to twice the largest block it saw freed, and what each batch's activations
     leave behind stays: about 75 MB at a batch of six with the default bundle. It is no slower.
@@ -91,23 +101,9 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def check_signature(session: ort.InferenceSession, manifest: Manifest) -> None:
-    """Raise BundleError unless the graph's inputs and outputs are those of the contract and of this manifest."""
-    rule = manifest.pixels
-    expected_in = {"images": ("tensor(uint8)", [None, rule.height, rule.width, 3])}
-    expected_out = {
-        "embedding": ("tensor(float)", [None, manifest.embedding_dim]),
-        "confidence": ("tensor(float)", [None, len(manifest.branches)]),
-        "score": ("tensor(float)", [None]),
-    }
-    for kind, found, expected in (
-        ("inputs", described(session.get_inputs()), expected_in),
-        ("outputs", described(session.get_outputs()), expected_out),
-    ):
-        if found != expected:
-            raise BundleError(MODEL_FILE, f"the graph's {kind} are {found}, the manifest promises {expected}")
-
-
-def described(nodes: list[ort.NodeArg]) -> dict[str, tuple[str, list[int | None]]]:
-    """A graph's inputs or outputs: name -> type and shape, where a free dimension is None."""
-    return {node.name: (node.type, [d if isinstance(d, int) else None for d in node.shape]) for node in nodes}
+def check_signature(session: ort.InferenceSession, inputs: Signature, outputs: Signature, file: str = MODEL_FILE) -> None:
+    """Raise BundleError, which names `file`, unless the graph's inputs and outputs are those promised."""
+    for kind, found, promised in (("inputs", session.get_inputs(), inputs), ("outputs", session.get_outputs(), outputs)):
+        described = {node.name: (node.type, [d if isinstance(d, int) else None for d in node.shape]) for node in found}
+        if described != promised:
+            raise BundleError(file, f"the graph's {kind} are {described}, the manifest promises {promised}")

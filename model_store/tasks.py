@@ -8,12 +8,11 @@ without a byte of `model.onnx` changed, and stored embeddings stay comparable.
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from model_store.errors import BundleError
 from model_store.manifest import MANIFEST_FILE, Manifest, Task
-from model_store.session import described
+from model_store.session import check_signature, open_session
 
 SUM_TOLERANCE = 1e-4
 """How far the probabilities of one image may be from 1 in sum; float32 over many classes."""
@@ -29,27 +28,16 @@ class TaskHead:
 
     def __init__(self, manifest: Manifest, task: Task, graph: bytes) -> None:
         self.task = task
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.enable_cpu_mem_arena = False
-        options.add_session_config_entry("session.load_model_format", "ONNX")
-        try:
-            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            raise BundleError(task.file, f"ONNX Runtime cannot load it ({type(error).__name__})") from error
-        promised_in = {
-            "embedding": ("tensor(float)", [None, manifest.embedding_dim]),
-            "confidence": ("tensor(float)", [None, len(manifest.branches)]),
-        }
-        promised_out = {"probabilities": ("tensor(float)", [None, len(task.classes)])}
-        for kind, found, promised in (
-            ("inputs", described(self._session.get_inputs()), promised_in),
-            ("outputs", described(self._session.get_outputs()), promised_out),
-        ):
-            if found != promised:
-                raise BundleError(task.file, f"the graph's {kind} are {found}, the manifest promises {promised}")
+        self._session = open_session(graph, threads=1, file=task.file)
+        check_signature(
+            self._session,
+            {
+                "embedding": ("tensor(float)", [None, manifest.embedding_dim]),
+                "confidence": ("tensor(float)", [None, len(manifest.branches)]),
+            },
+            {"probabilities": ("tensor(float)", [None, len(task.classes)])},
+            task.file,
+        )
 
     def run(self, embedding: NDArray[np.float32], confidence: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities [N, C] for embeddings [N, D] and confidences [N, B] of the main graph.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -21,6 +21,7 @@ from pydantic_settings import (
 from model_store.errors import TwogateError
 from model_store.pixels import Limits
 from model_store.store import DEFAULT_BUNDLE, EMBEDDED_STORE
+from service.choices import OnFlag, Provider
 
 MIB = 1024 * 1024
 FILE_VARIABLE = "TWOGATE_SETTINGS_FILE"
@@ -40,7 +41,7 @@ class Settings(BaseSettings):
     # What is served
     store: Path = Field(EMBEDDED_STORE, description="folder of bundles, `<store>/<name>/<version>/`")
     bundle: str = Field(DEFAULT_BUNDLE, description="`name` (its newest version) or `name/version`")
-    provider: Literal["cpu", "cuda"] = Field("cpu", description="where the graph runs")
+    provider: Provider = Field("cpu", description="where the graph runs")
     allow_fallback: bool = Field(False, description="serve on the CPU where `provider` cannot be had, not refuse")
     threads: int | None = Field(
         None, ge=1, description="cores that one forward uses; default: those that this process may use"
@@ -50,7 +51,7 @@ class Settings(BaseSettings):
     max_fpr: float = Field(
         0.01, gt=0, lt=1, description="share of clean images that may be flagged; flagged if p_value <= max_fpr"
     )
-    on_flag: Literal["flag", "reject"] = Field(
+    on_flag: OnFlag = Field(
         "flag",
         description="flag: answer 200 with the verdict; reject: answer 422 adversarial-suspected and no embedding",
     )

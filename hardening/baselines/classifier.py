@@ -42,7 +42,7 @@ class LinearHead(nn.Module):
 class Classifier(nn.Module):
     """Images [N, 3, H, W] in [0, 1] -> logits [N, C]; the normalisation is the encoder's."""
 
-    def __init__(self, encoder: Encoder, head: LinearHead) -> None:
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 

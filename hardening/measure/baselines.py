@@ -1,10 +1,10 @@
 """Baseline defences beside the bundle's own: one encoder each, trained from the same public victim with the same budget.
 
 PGD-AT, TRADES, MART and both stages of Gen-AF (`hardening.baselines`) start from the tripwire of the bundle's graph and see
-the first task's `local` and `validation` images, with the epochs, batches, attacks and augmentation of the bundle's own recipe.
-The recipe's learning rate was found for another loss: each baseline is trained with it and with smaller ones, and the encoder
-that is best on `validation` is kept. On a task they are judged as every system here: a head on frozen features, of the task's
-clean images.
+the first task's `local` and `validation` images, with the epochs, batches, attacks and augmentation of the bundle's own
+recipe. The recipe's learning rate was found for another loss: each baseline is trained with it and with smaller ones, and
+the encoder that is best on `validation` is kept. On a task they are judged as every system here: a head on frozen features,
+of the task's clean images.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def check_names(names: tuple[str, ...]) -> None:
 def check_budgets(names: tuple[str, ...], calibration: Calibration) -> None:
     """BudgetTooSmall where a bundle has too few calibration images for a budget that an attack aims at."""
     for name in names:
-        threshold(calibration, _Aim.read(name).fpr)
+        calibration.require_budget(_Aim.read(name).fpr)
 
 
 def fewer_steps(name: str, steps: int, share: float) -> str:
@@ -94,14 +94,6 @@ def fewer_steps(name: str, steps: int, share: float) -> str:
     aim = _Aim.read(name)
     kind = name.removesuffix(f"@{aim.steps}") if aim.steps else name
     return f"{kind}@{max(1, round(share * (aim.steps or steps)))}"
-
-
-def threshold(calibration: Calibration, budget: float) -> float:
-    """The largest score that is not flagged at a budget. BudgetTooSmall where every score passes it."""
-    calibration.require_budget(budget)
-    scores = np.asarray(calibration.scores)
-    flagged = int(np.floor(budget * (len(scores) + 1) + 1e-9)) - 1
-    return float(scores[len(scores) - 1 - flagged])
 
 
 def target_of(graph: Graph, task: Task, manifest: Manifest, attack: str) -> Target:
@@ -127,7 +119,7 @@ def target_of(graph: Graph, task: Task, manifest: Manifest, attack: str) -> Targ
             fused=mixed if mixture else task.system_logits(found, manifest)[GUARDED],
         )
 
-    return Target(see, threshold(manifest.calibration, aim.fpr))
+    return Target(see, manifest.calibration.threshold(aim.fpr))
 
 
 def attack_knowing(

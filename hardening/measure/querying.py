@@ -25,7 +25,7 @@ from hardening.attacks.blackbox import Found, nes, square
 from hardening.branches import Head, train_head
 from hardening.data import spread
 from hardening.graph import Graph
-from hardening.measure.knowing import AIMED_AT_FPR, threshold
+from hardening.measure.knowing import AIMED_AT_FPR
 from hardening.measure.live import LiveService
 from hardening.measure.photographs import RETURNED, SERVICE
 from hardening.measure.records import Origin, Record, once
@@ -86,7 +86,7 @@ def measure_querying(
     if not right.any():
         raise TwogateError(f"{name}: the heads classify no image right, so there is nothing to attack")
     images, labels = task.images[some][right], task.labels[some][right]
-    limit = threshold(manifest.calibration, AIMED_AT_FPR)
+    limit = manifest.calibration.threshold(AIMED_AT_FPR)
 
     @cache
     def own_head() -> Head:

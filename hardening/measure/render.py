@@ -357,14 +357,15 @@ def _knowing(numbers: _Numbers, page: _Page) -> None:
         return
     page.heading(2, "Attackers who know the method")
     page.text(
-        "Success: of the images that were classified right, those that are now wrong and not flagged (SR at that FPR). White "
-        "box: everything known. Grey box: aimed at a bundle that the attacker made by the same code, without our weights. "
-        "Targets at 0.05: grey box at most 20 %, white box below 50 %. Attacks that mind the flag aim at 0.05, where no @fpr "
-        "says otherwise: what they reach at 0.01 is a lower bound. Two aim at something else: T6 moves the returned embedding "
-        "without being flagged, and is read by the last column, where the class of the nearest clean images was right and is "
-        "wrong, unflagged; T9 wants a flag on a picture whose class stays. Every attack: a picture counts where one of them "
-        "succeeds within the budget, as for an attacker who tries them all; the patches of T10 have none, and are left out "
-        "(older records do not say). Behind an @ stand the steps, where they are not those of the size."
+        "Success: of the images that were classified right, those that are now wrong and not flagged (SR at that FPR). "
+        "White box: everything known. Grey box: aimed at a bundle that the attacker made by the same code, without our "
+        "weights. Targets at 0.05: grey box at most 20 %, white box below 50 %. Attacks that mind the flag aim at 0.05, "
+        "where no @fpr says otherwise: what they reach at 0.01 is a lower bound. Two aim at something else: T6 moves the "
+        "returned embedding without being flagged, and is read by the last column, where the class of the nearest clean "
+        "images was right and is wrong, unflagged; T9 wants a flag on a picture whose class stays. Every attack: a picture "
+        "counts where one of them succeeds within the budget, as for an attacker who tries them all; the patches of T10 "
+        "have none, and are left out (older records do not say). Behind an @ stand the steps, where they are not those of "
+        "the size."
     )
     header = ["task", "attack", "eps", "images", "robust_acc, %", "kNN accuracy, %", "AUROC", "flagged at 0.05, %"]
     header += ["success at 0.01, %", "success at 0.05, %", "neighbours' class, at 0.05, %"]

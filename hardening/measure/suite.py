@@ -404,13 +404,13 @@ class _Room:
                     add(f"success@{budget:g}", name, float(broken.sum() / right.sum()), int(right.sum()))
                     add(f"broken@{budget:g}", name, [float(one) for one in broken[right]], int(right.sum()))
                 # The same of the returned embedding, for who has no classifier: the neighbours' class.
-                if near and (found := self.near[RETURNED].right[chosen]).any():
-                    lost = found & ~near[RETURNED].right & (p > budget)
-                    add(f"knn_success@{budget:g}", name, float(lost.sum() / found.sum()), int(found.sum()))
+                if near and (known := self.near[RETURNED].right[chosen]).any():
+                    lost = known & ~near[RETURNED].right & (p > budget)
+                    add(f"knn_success@{budget:g}", name, float(lost.sum() / known.sum()), int(known.sum()))
         return records
 
     def neighbours(self, values: Mapping[str, Tensor], labels: NDArray[np.int64]) -> dict[str, _Near]:
-        """By kind of embedding, kNN accuracy and recall@10 against the clean gallery; the victim's features are centred there too."""
+        """By embedding, kNN accuracy and recall@10 against the clean gallery; the victim's features are centred there too."""
         task = self.task
         if task.victim_head is None:
             return {}

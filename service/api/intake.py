@@ -13,10 +13,10 @@ from starlette.datastructures import QueryParams
 
 from service.api.multipart import file_parts
 from service.api.schemas import EncodingFormat
+from service.choices import OnFlag
 from service.problems import ImageTooLarge, InvalidRequest, MalformedRequest, Problem, TooManyImages, UnsupportedMedia
 
 M = TypeVar("M", bound=BaseModel)
-OnFlag = Literal["flag", "reject"]
 BODY_TYPES = ("application/json", "multipart/form-data", "image/*", "application/octet-stream")
 _FEWEST_COMMAS, _COMMAS_PER_IMAGE = 1000, 10
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re.IGNORECASE)
@@ -83,7 +83,6 @@ def parse(body: bytes, content_type: str, query: QueryParams, *, max_images: int
         _check_count(len(items), max_images)
         texts = [item.image if isinstance(item, ImageItem) else item for item in items]
         images = [_decode_text(text, index, max_bytes) for index, text in enumerate(texts)]
-        # Strictest of the two: neither place can ask for less than the other.
         options = _from_query(query, asked)
     elif media_type == "multipart/form-data":
         images = file_parts(body, content_type, max_files=max_images, max_bytes=max_bytes)

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from model_store.choices import Fusion
 from model_store.manifest import Task
+from service.choices import OnFlag
 from service.engine.verdict import Judged, Verdict
 
 EncodingFormat = Literal["float", "base64"]
@@ -150,7 +152,7 @@ class TaskInfo(BaseModel):
 
     name: str = Field(description="as in POST /v1/tasks/{task}/classify")
     classes: list[str]
-    fusion: Literal["guarded", "rfdm"] = Field(description="how the branches vote")
+    fusion: Fusion = Field(description="how the branches vote")
     trained_on: str
     metrics: dict[str, float] = Field(description="as measured when it was trained; accuracies are shares")
 
@@ -182,7 +184,7 @@ class Model(BaseModel):
     tasks: list[TaskInfo] = Field(description="what it has heads for")
     max_fpr: float = Field(description="share of clean images that may be flagged")
     smallest_max_fpr: float = Field(description="the smallest max_fpr that the calibration supports")
-    on_flag: Literal["flag", "reject"]
+    on_flag: OnFlag
     provider: str = Field(description="where the graph really runs")
 
 

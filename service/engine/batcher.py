@@ -1,6 +1,6 @@
 """Put images of different requests into one forward, without letting any of them hurt another.
 
-A first, correct batcher: whatever waits when the last forward is over goes into the next one.
+Whatever waits when the last forward is over goes into the next one.
 """
 
 from __future__ import annotations

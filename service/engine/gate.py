@@ -27,7 +27,6 @@ from service.problems import (
     ModelUnavailable,
     Overloaded,
     Problem,
-    TooManyImages,
 )
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -111,12 +110,6 @@ class Gate:
         that is cancelled takes its images with it; nobody else's are touched.
         """
         engine = self._running()
-        if len(images) > self._settings.max_images:
-            raise TooManyImages(
-                f"{len(images)} images, the limit is {self._settings.max_images}",
-                limit=self._settings.max_images,
-                actual=len(images),
-            )
         now = time.monotonic()
         deadline = now + self._settings.request_timeout_s if deadline is None else deadline
         if deadline <= now:

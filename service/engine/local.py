@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 
 from model_store.bundle import Bundle, check_golden, load_bundle
 from model_store.errors import TwogateError
-from model_store.pixels import Limits, decode
-from model_store.session import GateSession
+from model_store.pixels import decode
+from model_store.session import GateSession, keep_little_freed_memory
 from model_store.store import resolve
 from model_store.tasks import TaskHead, check_head
+from service.choices import Provider
 from service.cores import usable_cores
 from service.engine.verdict import BrokenOutput, Judged, judge_outputs
 
@@ -42,7 +42,7 @@ class LocalGate:
         max_fpr: float = 0.01,
         threads: int | None = None,
         *,
-        provider: Literal["cpu", "cuda"] = "cpu",
+        provider: Provider = "cpu",
         allow_fallback: bool = False,
     ) -> None:
         bundle.manifest.calibration.require_budget(max_fpr)
@@ -51,6 +51,7 @@ class LocalGate:
         self.model_sha256 = bundle.model_sha256
         self.max_fpr = max_fpr
         self.threads = threads or usable_cores()
+        keep_little_freed_memory()
         self._session = GateSession(bundle, threads=self.threads, providers=_providers(provider, allow_fallback))
         self.provider = self._session.providers[0]
         if self.provider != _PROVIDERS[provider] and not allow_fallback:
@@ -65,9 +66,9 @@ class LocalGate:
         """Load and check `wanted` (`name` or `name/version`) from a store; raises as the class does."""
         return cls(load_bundle(resolve(store, wanted)), max_fpr, threads)
 
-    def decode(self, data: bytes, limits: Limits | None = None) -> NDArray[np.uint8]:
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded image as the graph wants it, uint8 [H, W, 3]; ImageError where it is refused."""
-        return decode(data, self.manifest.pixels, limits)
+        return decode(data, self.manifest.pixels)
 
     def judge(self, pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[Judged]:
         """Answer for N decoded pictures, each uint8 [H, W, 3], in one forward."""
@@ -91,7 +92,7 @@ class LocalGate:
         return probabilities
 
 
-def _providers(provider: Literal["cpu", "cuda"], allow_fallback: bool) -> tuple[str, ...]:
+def _providers(provider: Provider, allow_fallback: bool) -> tuple[str, ...]:
     """What to ask ONNX Runtime for. It falls back silently, so what it cannot do is refused here."""
     wanted, cpu = _PROVIDERS[provider], _PROVIDERS["cpu"]
     if wanted not in ort.get_available_providers():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cli import rows
 from model_store.bundle import load_bundle
+from model_store.pixels import decode
 from model_store.session import GateOutputs, GateSession
 from tests.cli.conftest import FOLDER_ROWS, Process, Twogate
 from tests.conftest import REPOSITORY
@@ -26,10 +27,8 @@ COLUMNS = ["path", "embedding", "p_value", "score", "flagged", "error"]
 
 def answer_of(tiny_bundle: Path, photo: Path) -> tuple[np.ndarray, float, float]:
     """What plain ONNX Runtime says of a photograph: embedding, score, p-value."""
-    from model_store.pixels import decode_file
-
     bundle = load_bundle(tiny_bundle)
-    outputs = GateSession(bundle).run(decode_file(photo, bundle.manifest.pixels)[None])
+    outputs = GateSession(bundle).run(decode(photo.read_bytes(), bundle.manifest.pixels)[None])
     return outputs.embedding[0], outputs.score[0], bundle.manifest.calibration.p_value(outputs.score)[0]
 
 

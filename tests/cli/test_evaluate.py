@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cli.evaluate import _names, _pair
+from cli.evaluate import _names
 from cli.main import app
+from cli.options import task_folder
 from hardening.measure.baselines import BASELINES
 from hardening.measure.knowing import KNOWING
 from hardening.measure.oblivious import ATTACKS
@@ -117,7 +118,7 @@ def test_a_task_needs_a_name_and_a_folder(tmp_path: Path) -> None:
         result = runner.invoke(app, ["evaluate", "photos", "--task", task])
         assert result.exit_code == 1
         assert "NAME=DIR" in result.output
-    assert _pair(f"flowers={tmp_path}") == ("flowers", tmp_path)
+    assert task_folder(f"flowers={tmp_path}") == ("flowers", tmp_path)
 
 
 def test_no_traceback_for_a_number_that_is_none(tmp_path: Path) -> None:

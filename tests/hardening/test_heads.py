@@ -17,7 +17,6 @@ from hardening.branches import fuse, guarded_vote, rfdm_weights, train_head
 from hardening.heads import (
     SEEN,
     VOTE_FLOOR,
-    Fusion,
     HeadError,
     Linear,
     _sharpness,
@@ -29,6 +28,7 @@ from hardening.heads import (
     train_heads,
 )
 from model_store.bundle import load_bundle, verify_bundle
+from model_store.choices import Fusion
 from model_store.folder import FolderError
 from model_store.manifest import MODEL_FILE, Branch, Manifest
 from model_store.store import StoreError, versions

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from model_store.calibration import BudgetTooSmall, Calibration, copies_of
+from model_store.calibration import BudgetTooSmall, Calibration, copies_of, images_for
 from model_store.errors import TwogateError
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
@@ -20,6 +20,17 @@ def calibration(values: list[float]) -> Calibration:
 def test_p_is_the_share_of_clean_images_at_least_as_suspicious(values: list[float], score: float) -> None:
     expected = (1 + sum(value >= score for value in values)) / (len(values) + 1)
     assert calibration(values).p_value(score) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.01, 0.02, 0.05, 0.3])
+def test_threshold_is_the_largest_score_that_passes(budget: float) -> None:
+    fewest = images_for(budget)
+    for n in (fewest, 2 * fewest + 1):
+        table = calibration([float(i) for i in range(n)])
+        limit = table.threshold(budget)
+        assert table.p_value(limit + 1e-6) <= budget < table.p_value(limit)
+    with pytest.raises(BudgetTooSmall):
+        calibration([0.0] * (fewest - 1)).threshold(budget)
 
 
 @given(scores, st.floats(-1e6, 1e6), st.floats(0, 1e6))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hardening.heads import Fusion, Linear, head_graph
+from hardening.heads import Linear, head_graph
 from model_store.bundle import Bundle, load_bundle
+from model_store.choices import Fusion
 from model_store.manifest import Task, task_file
 from model_store.revise import revise
 from tests.support.tiny_bundle import BRANCH_DIM, BRANCHES

@@ -21,7 +21,7 @@ from hardening.encoders import as_input
 from hardening.graph import Graph
 from hardening.measure import suite
 from hardening.measure.evaluate import EvaluationError, attack, evaluate
-from hardening.measure.knowing import AIMED_AT_FPR, HEAD_AWARE, target_of, threshold
+from hardening.measure.knowing import HEAD_AWARE, target_of
 from hardening.measure.oblivious import AttackError
 from hardening.measure.records import Record, RecordsError, read
 from hardening.measure.sizes import SIZES
@@ -382,13 +382,6 @@ def test_the_same_numbers_again(
     first = {(r.metric, r.subject, r.attack): r.value for r in records if r.attack in ("pgd", "uap") and r.epsilon == 10}
     assert len(again) > 40
     assert again == {key: first[key] for key in again}
-
-
-def test_threshold_is_the_largest_score_that_passes() -> None:
-    table = Calibration(source="x", scores=tuple(float(i) for i in range(1, 100)))
-    limit = threshold(table, AIMED_AT_FPR)
-    assert table.p_value(limit) > AIMED_AT_FPR
-    assert table.p_value(limit + 1e-6) <= AIMED_AT_FPR
 
 
 def test_attacked_pictures_are_files_within_the_budget(

@@ -113,6 +113,13 @@ def test_too_many() -> None:
     assert found.value.members == {"limit": 3, "actual": 4}
 
 
+def test_too_many_empty_files() -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n\r\n'
+    with pytest.raises(TooManyImages) as found:
+        _parse(part * 4 + b"--b--\r\n", "multipart/form-data; boundary=b")
+    assert found.value.members == {"limit": 3, "actual": 4}
+
+
 @pytest.mark.parametrize("item", ['{"image":""}', '""', "1", "[]"])
 def test_a_body_of_countless_values_is_refused_unread(item: str) -> None:
     values = ",".join([item] * 100_000)
