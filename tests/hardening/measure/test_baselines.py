@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hardening.encoders import as_input
+from hardening.baselines.classifier import Split, with_head
+from hardening.encoders import Encoder, as_input
 from hardening.measure.baselines import BASELINES, BaselineError, budget, public_victim, train_baseline
 from hardening.measure.evaluate import EvaluationError, evaluate
 from hardening.measure.records import Origin, Record, read
@@ -54,7 +55,7 @@ def test_each_baseline_is_trained_and_measured(out: Path, toy_bundles: tuple[Pat
         (ours,) = [r for r in records if (r.metric, r.subject, r.attack) == ("robust_acc", GUARDED, "pgd")]
         assert (robust.images, robust.epsilon, robust.digest) == (ours.images, ours.epsilon, ours.digest)
     files = sorted((out / "baselines").iterdir())
-    names = [re.fullmatch(r"toy-1-\w{8}-\w{8}-smoke-(.+)-0\.pt", file.name) for file in files]
+    names = [re.fullmatch(r"toy-1-\w{8}-\w{8}-\w{8}-smoke-(.+)-0\.pt", file.name) for file in files]
     assert {name[1] for name in names if name} == set(BASELINES)
     victim = public_victim(load_bundle(toy_bundles[0]))
     x = as_input(patterns(4)[0])
@@ -171,6 +172,42 @@ def test_the_budget_is_that_of_the_bundles_recipe(toy_bundles: tuple[Path, Path]
     }  # fmt: skip
     with pytest.raises(BaselineError, match="does not say how it was tuned"):
         budget(manifest, "small")
+
+
+def test_the_learning_rate_that_is_best_on_validation_is_kept(
+    toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(toy_bundles[0])
+    dataset = read_images(task_folder, bundle.manifest, tmp_path / "data", QuietBars())
+    tried: list[float] = []
+
+    def train(
+        encoder: Encoder, method: str, local: Split, validation: Split, *, learning_rate: float, **_: object
+    ) -> tuple[Encoder, torch.nn.Module]:
+        """The middle one leaves the encoder as it is; the others ruin it."""
+        tried.append(learning_rate)
+        head = with_head(encoder, local, "cpu").head
+        if len(tried) != 2:
+            torch.nn.init.zeros_(head.linear.weight)  # type: ignore[union-attr, arg-type]
+            torch.nn.init.zeros_(next(encoder.parameters()))
+        return encoder, head
+
+    given = {"epochs": 1, "batch_size": 32, "epsilon": 8.0, "steps": 1, "learning_rate": 1e-3, "flip": True, "crop": 0.7}
+    monkeypatch.setattr("hardening.measure.baselines.budget", lambda *_: given)
+    monkeypatch.setattr("hardening.measure.baselines.adversarial_training.train", train)
+    (tmp_path / "x.training").mkdir()
+    train_baseline("trades", bundle, dataset, tmp_path / "x.pt", seed=0, size="small", device="cpu", bars=QuietBars())
+    np.testing.assert_allclose(tried, [1e-3, 3e-4, 1e-4])
+    kept = torch.load(tmp_path / "x.pt", weights_only=True)["encoder"]
+    assert all(torch.equal(value, kept[name]) for name, value in public_victim(bundle).state_dict().items())
+
+
+def test_who_knows_a_baseline_attacks_its_own_heads(out: Path, toy_bundles: tuple[Path, Path], task_folder: Path) -> None:
+    run(toy_bundles[0], {"patterns": task_folder}, out, baselines=("pgd-at",), adaptive=("PGD-head",))
+    found = {(r.subject, r.attack): r for r in read(out / "records") if r.metric == "robust_acc"}
+    known, ours = found["PGD-AT", "white box PGD-head"], found[GUARDED, "white box PGD-head"]
+    assert (known.images, known.epsilon) == (ours.images, ours.epsilon)
+    assert known.value < found["PGD-AT", "pgd"].value  # type: ignore[operator]
 
 
 def test_refusals(toy_bundles: tuple[Path, Path], task_folder: Path, tmp_path: Path) -> None:

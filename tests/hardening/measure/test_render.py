@@ -53,12 +53,36 @@ def test_who_tries_every_attack_wins_where_one_of_them_does(tmp_path: Path) -> N
         *knowing("white box T2", [1, 0, 0, 0], seed=1),
         *knowing("white box T3", [1, 0, 0, 0], seed=1),
         *knowing("grey box T3", [0, 1, 0, 0]),
+        *knowing("white box T10-T5", [1, 1, 1, 1]),  # a patch keeps to no budget
     ]
     write_report(records, tmp_path)
     lines = (tmp_path / "report.md").read_text("utf-8").splitlines()
     (row,) = [line for line in lines if "every attack |" in line]  # one attack alone needs no such row
     assert row.startswith("| one | white box every attack | 8 | 4 |")
-    assert row.endswith("| - | 37.5 ± 17.7 |")
+    assert row.endswith("| - | 37.5 ± 17.7 | - |")
+
+
+def test_an_attack_on_the_embedding_is_read_by_the_neighbours(tmp_path: Path) -> None:
+    moved = [
+        ORIGIN.record("robust_acc", GUARDED, "one", "white box T6-selective", 0.9, 5, 8.0),
+        ORIGIN.record("knn_success@0.05", "bundle's calibration", "one", "white box T6-selective", 0.625, 4, 8.0),
+    ]
+    write_report([*measured("one", (8.0,)), *moved], tmp_path)
+    (table,) = tables(tmp_path, "Attackers who know the method")
+    assert table[0][-1] == "neighbours' class, at 0.05, %"
+    assert table[1][:2] == ["one", "white box T6-selective"]
+    assert table[1][-2:] == ["-", "62.5"]
+
+
+def test_other_defences_that_the_attacker_knows(tmp_path: Path) -> None:
+    name = "white box PGD-head"
+    known = [
+        ORIGIN.record("robust_acc", system, "one", name, value, 5, 8.0) for system, value in ((GUARDED, 0.1), ("MART", 0.3))
+    ]
+    write_report([*measured("one", (8.0,)), *known], tmp_path)
+    ours, others = tables(tmp_path, "Attackers who know the method")
+    assert [row[1] for row in ours[1:]] == [name]
+    assert others[1:] == [["one", GUARDED, "8", "5", "10.0", "-"], ["one", "MART", "8", "5", "30.0", "-"]]
 
 
 def test_persistence_cell_by_cell(tmp_path: Path) -> None:

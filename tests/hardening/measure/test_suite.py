@@ -23,10 +23,10 @@ from hardening.export import export
 from hardening.graph import Graph, GraphError
 from hardening.heads import Linear
 from hardening.measure import rivals
-from hardening.measure.oblivious import fingerprint
+from hardening.measure.oblivious import code_of, fingerprint
 from hardening.measure.records import Origin, Record, read
 from hardening.measure.sizes import SIZES
-from hardening.measure.suite import Plan, _Room, baseline_file, craft_perturbations, measure_task
+from hardening.measure.suite import Plan, _Room, attack_file, baseline_file, craft_perturbations, measure_task
 from hardening.measure.tasks import GUARDED, UNDEFENDED, Task
 from model_store.bundle import load_bundle
 from model_store.calibration import Calibration
@@ -254,6 +254,32 @@ def test_another_bundles_baselines_are_not_taken_for_this_ones(toy_bundles: tupl
         for images in ("c" * 16, "d" * 16)
     }
     assert len(files) == 4
+
+
+def test_what_other_code_made_is_made_anew(
+    toy_bundles: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = Graph(load_bundle(toy_bundles[0]).model).encoder("tripwire")
+    mine = plan(toy_bundles[0], tmp_path)
+
+    def files() -> tuple[Path, Path]:
+        return attack_file(mine, "uap", 8, 0, victim), baseline_file(mine, "mart")
+
+    before = files()
+    assert files() == before
+    package = tmp_path / "another"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = [code_of(name) for name in ("hardening.attacks", "hardening.baselines", "another")]
+    assert len(set(codes)) == 3
+    (package / "one.py").write_text("STEPS = 1\n")
+    code_of.cache_clear()
+    assert code_of("another") != codes[2]
+    assert code_of("hardening.attacks") == codes[0]
+    monkeypatch.setattr("hardening.measure.suite.code_of", lambda package: {"hardening.attacks": "new"}.get(package, "old"))
+    assert files()[0] != before[0]
+    assert files()[1] != before[1]
 
 
 def test_a_bundle_without_a_tripwire_needs_the_public_victim(
