@@ -16,7 +16,7 @@ serve: install  ## serve the default bundle on 127.0.0.1:8000 (PORT=9000 for ano
 	@exec "$(VENV)/bin/python" -m cli serve $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: install-dev  ## run the tests (ARGS="-k pixels" for some of them)
-	"$(VENV_DEV)/bin/python" -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 "$(VENV_DEV)/bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: install-dev  ## style: ruff
 	"$(VENV_DEV)/bin/ruff" check .
