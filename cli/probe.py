@@ -97,10 +97,10 @@ def blackbox(
 
     - `twogate probe blackbox photos --task flowers=flowers/ --queries 300 --out probe/`
 
-    The attacker moves the returned embedding away from the clean one while the verdict stays above 5 %. He has won when the
-    guarded heads of the task, fitted here on clean images, are wrong. For each search the service answers up to --queries
-    pictures for each of 16, 100 or 1000 images (--size). Stop it when you like: a search that is done is not done again. The
-    page's path is printed.
+    The attacker posts labelled pictures of his own, fits a head to the embeddings that come back, and follows its margin
+    while the verdict stays above 5 %. He has won when the guarded heads of the task, fitted here on clean images, are
+    wrong. For each search the service answers up to --queries pictures for each of 16, 100 or 1000 images (--size). Stop it
+    when you like: a search that is done is not done again. The page's path is printed.
     """
     with needs("harden"):
         from hardening.measure.probe import probe_blackbox
