@@ -62,7 +62,7 @@ def train_head(features: Tensor, labels: NDArray[np.int64]) -> Head:
     """Fit a head on frozen features [N, d] of clean images with labels [N] in 0..C-1.
 
     Multinomial logistic regression with the penalty chosen by cross-validation, instead of the paper's three-layer
-    network (methods, 0.4): convex, repeatable, and small enough for a bundle.
+    network: convex, repeatable, and small enough for a bundle.
     """
     standard = Standard.of(features)
     model = LogisticRegressionCV(

@@ -105,7 +105,7 @@ def _move_weights(size: int) -> Tensor:
 
 
 class Gate(nn.Module):
-    """What a bundle's `model.onnx` computes; see design: inputs and outputs are a contract.
+    """What a bundle's `model.onnx` computes; its inputs and outputs are a contract (`model_store.session.OUTPUTS`).
 
     `clean` are values [N, d] by view of clean images that no encoder was tuned on: their means are the embedding's centres,
     and their leading principal components are kept of each branch's layout.

@@ -43,7 +43,7 @@ class Splits(_Part):
 
 
 class Pretrain(_Part):
-    """Self-supervised pre-training with lightly."""
+    """Pre-training, self-supervised with lightly or supervised."""
 
     method: SSLMethod
     split: Literal["public", "local"] = "local"

@@ -1,4 +1,4 @@
-"""Attacks by somebody who knows the method, T1 to T6 and T9 to T11 of methods 7.3.
+"""Attacks by somebody who knows the method, T1 to T6 and T9 to T11 of docs/measure.md.
 
 All are one search (`search`) with different directions: projected steps from random starts, where every picture on the way is
 judged as a file would store it, rounded to 8 bits, and the best of each image is kept. Best is first of all "the prediction
@@ -410,7 +410,7 @@ def bmp_only(
     generator: torch.Generator,
     restarts: int = 1,
 ) -> Tensor:
-    """T2: make the undefended BMP branch certain of a wrong class, which takes over a fusion by confidence.
+    """T2: make the BMP branch certain of a wrong class, which takes over a fusion by confidence.
 
     Aims at the branch's own most likely wrong class by log-odds, then, in a second search, at any wrong class by margin.
     """
@@ -435,7 +435,7 @@ def joint_targeted(
 ) -> Tensor:
     """T3: bring all branches to the same wrong class, the fused model's most likely one: they agree and are all confident.
 
-    A branch that is convinced is left, and effort goes to the others. Of the targets that methods 7.3 name this is the first;
+    A branch that is convinced is left, and effort goes to the others. Of the targets to choose this is the first;
     the other choice, five random classes, is not tried.
     """
     campaign = Campaign.open(target, images, labels, epsilon=epsilon, steps=steps, generator=generator, restarts=restarts)
@@ -461,7 +461,7 @@ def penalised(
 ) -> Tensor:
     """T4: the fused logits' margin less lambda times the score's excess over the threshold; best lambda for each image.
 
-    Methods 7.3 search lambda by bisection, image by image. Here each image is attacked with every value of the grid, and its
+    Usually lambda is searched by bisection, image by image. Here each image is attacked with every value of the grid, and its
     best result kept: success need not be monotone in lambda, which bisection takes for granted. With `aim="distance"` this is
     part of T6.
     """

@@ -1,6 +1,6 @@
 """AdvEncoder: a generator of one perturbation or one patch for all images (Zhou et al., ICCV 2023, section 3).
 
-Methods 6.1 and 6.2. PER is a perturbation in an L-infinity ball, PAT a patch of 3 % of the picture that may show
+PER is a perturbation in an L-infinity ball, PAT a patch of 3 % of the picture that may show
 anything. Both come out of a DCGAN-like generator G fed with noise that never changes, trained against the undefended public
 encoder f with
 

@@ -1,4 +1,4 @@
-"""Attacks that see answers alone (T7 of methods 7.3): no weights and no gradients, only what a service returns.
+"""Attacks that see answers alone (T7, docs/measure.md): no weights and no gradients, only what a service returns.
 
 The caller says what is to be lowered, built from whatever the service gives away: the score and the returned embedding, or no
 more than the verdict. Images are uint8, as a client would upload them; epsilon is in 1/255.

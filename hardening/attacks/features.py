@@ -1,6 +1,6 @@
 """Attacks on an encoder's features: all that is needed is the public encoder, no task and no labels.
 
-Baselines of methods 6.4: PGD on features for each image, and one universal perturbation for all (UAP). Both maximise
+PGD on features for each image, and one universal perturbation for all (UAP). Both maximise
 1 - cos(f(x + delta), f(x)) in an L-infinity ball, with f the undefended public encoder.
 """
 

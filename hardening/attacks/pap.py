@@ -1,7 +1,7 @@
 """PAP: one perturbation that inflates an encoder's low-level activations (Ban and Dong, NeurIPS 2022, section 3).
 
 Low layers change least in fine-tuning, so what confuses them confuses the fine-tuned encoder too. With a(x) the output of a
-low convolution, the perturbation delta maximises, in an L-infinity ball (methods 6.3):
+low convolution, the perturbation delta maximises, in an L-infinity ball:
 
     base  mean a1(x + delta)^2
     fuse  mean a1(x + delta)^2 + mean a2(x + delta)^2

@@ -1,6 +1,6 @@
 """SSP: one perturbation that distorts an encoder's middle (self-supervised perturbation, Naseer et al., CVPR 2020).
 
-As PAP's published code has it as a baseline (methods 6.3): with a(x) the output of the encoder's middle convolution, the
+As PAP's published code has it as a baseline: with a(x) the output of the encoder's middle convolution, the
 perturbation maximises MSE(a(x + delta)^2, a(x)^2) in an L-infinity ball, one delta for all images.
 
 Changed from that code: images are in [0, 1] and clipped there, since an attack has to be a picture; the middle is counted in

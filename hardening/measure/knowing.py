@@ -1,4 +1,4 @@
-"""Attacks by somebody who knows the method (T1-T11 of methods 7.3), aimed at a bundle's own graph, or at a surrogate's.
+"""Attacks by somebody who knows the method (T1 to T11, docs/measure.md), aimed at a bundle's own graph, or at a surrogate's.
 
 White box: the bundle itself, heads included. Grey box: the attacker ran the same code on similar data and aims at what he
 got, heads of his own included (T8); what he finds is measured on the real bundle, whose weights he lacks.

@@ -1,4 +1,4 @@
-"""Attacks made on the public victim alone, by name: T0 of methods 7.3, for attackers who know nothing of the defence."""
+"""Attacks made on the public victim alone, by name, for attackers who know nothing of the defence."""
 
 from __future__ import annotations
 

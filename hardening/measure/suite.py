@@ -1,6 +1,6 @@
 """The evaluation of a bundle: which cells there are, and what each measures.
 
-Terms of methods 0.1: `clean_acc` top-1 on clean images (the papers' BA), `robust_acc` top-1 on attacked images against the
+Terms: `clean_acc` top-1 on clean images (the papers' BA), `robust_acc` top-1 on attacked images against the
 true labels (RA), `fooling_rate` share of images whose prediction the attack changed (the papers' ASR; no complement of
 robust_acc). All are sums over images divided by their number. Attacked images are clipped and rounded to 8 bits, one by one.
 The detector's thresholds are those of the bundle, fixed on clean images before any attack was run.

@@ -166,7 +166,7 @@ def test_the_high_pass_keeps_what_is_finer_than_eight_waves_in_64_pixels() -> No
 
 
 def test_the_loss_by_hand() -> None:
-    """Methods 6.1: 5 L_adv + L_q + L_hfc, for two images."""
+    """AdvEncoder, section 3: 5 L_adv + L_q + L_hfc, for two images."""
     rng = np.random.default_rng(0)
     x, attacked = rng.random((2, 2, 3, 64, 64))
     clean, features = np.array([[[1.0, 0.0], [0.6, 0.8]], [[3.0, 4.0], [0.0, 2.0]]])
