@@ -1,4 +1,4 @@
-"""Fine-tune an encoder: adversarially for the MPAE branch, on clean images for the BMP branch.
+"""Fine-tune an encoder: adversarially for MPAE, on clean images or by weaker attacks for BMP.
 
 ZePAD (ICLR 2026) section 3 and Gen-AF (S&P 2024) stage 1, with the flaws of their published code mended: the attack sees
 normalised images (the normalisation is part of the encoder), its gradients never reach the weights, it starts at random,

@@ -32,7 +32,9 @@ class Splits(_Part):
     """Shares of `train/`, drawn once per class with a seed of their own and written down. They are scaled to sum to 1."""
 
     public: float = Field(default=0.0, ge=0, description="pre-trains stand-ins for public encoders; never used locally")
-    local: float = Field(default=0.6, gt=0, description="adversarial tuning, and all that the BMP branch ever sees")
+    local: float = Field(
+        default=0.6, gt=0, description="adversarial tuning, and all that a BMP branch trained here ever sees"
+    )
     validation: float = Field(default=0.08, gt=0, description="chooses the epoch; seen by no gradient")
     fit: float = Field(default=0.16, gt=0, description="heads and detector evidence: images that no encoder was tuned on")
     calibration: float = Field(
@@ -149,7 +151,7 @@ class Recipe(_Part):
     splits: Splits = Splits()
     victim: EncoderSpec = Field(description="the public encoder whose applications are to be protected")
     auxiliary: EncoderSpec = Field(description="a second public encoder, of another SSL method or architecture")
-    bmp: EncoderSpec = Field(description="the encoder that will know only local data")
+    bmp: EncoderSpec = Field(description="the encoder of the BMP branch: trained on local data, or public weights")
     finetune: Finetune = Finetune()
     bmp_finetune: Finetune = Field(
         default=Finetune(epsilon=0, epochs=4),

@@ -1,4 +1,4 @@
-"""PGD on features with a target (Madry et al. 2018 on features, towards another picture): an image is made to look like another to the encoder.
+"""PGD on features (after Madry et al. 2018) with a target: an image is made to look like another one to the encoder.
 
 Maximises cos(f(x + delta), f(target)) in an L-infinity ball around each image, with f the undefended public encoder. The
 cosine instead of a distance between features: it is what an embedding is compared by. Own baseline, no published code.

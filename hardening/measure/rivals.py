@@ -1,7 +1,7 @@
 """Other detectors beside the bundle's own, on the same attacked images, each calibrated on the same clean images of the task.
 
 ZePAD's rule in its readings S1 to S5, the divergence of the branches, Mahalanobis and nearest-neighbour distance on the
-victim's features, feature squeezing, BEYOND. `forwards` is what a detector costs on top of an embedding: encoder passes.
+victim's features, feature squeezing, BEYOND. `FORWARDS` is what a detector costs on top of an embedding: encoder passes.
 """
 
 from __future__ import annotations
