@@ -32,9 +32,7 @@ class Splits(_Part):
     """Shares of `train/`, drawn once per class with a seed of their own and written down. They are scaled to sum to 1."""
 
     public: float = Field(default=0.0, ge=0, description="pre-trains stand-ins for public encoders; never used locally")
-    local: float = Field(
-        default=0.6, gt=0, description="adversarial tuning, and all that a BMP branch trained here ever sees"
-    )
+    local: float = Field(default=0.6, gt=0, description="adversarial tuning, and all that a BMP trained here ever sees")
     validation: float = Field(default=0.08, gt=0, description="chooses the epoch; seen by no gradient")
     fit: float = Field(default=0.16, gt=0, description="heads and detector evidence: images that no encoder was tuned on")
     calibration: float = Field(

@@ -179,17 +179,17 @@ def test_the_learning_rate_that_is_best_on_validation_is_kept(
 ) -> None:
     bundle = load_bundle(toy_bundles[0])
     dataset = read_images(task_folder, bundle.manifest, tmp_path / "data", QuietBars())
-    tried: list[float] = []
+    tried: list[tuple[float, int]] = []
 
     def train(
         encoder: Encoder, method: str, local: Split, validation: Split, *, learning_rate: float, **_: object
     ) -> tuple[Encoder, torch.nn.Module]:
-        """The middle one leaves the encoder as it is; the others ruin it."""
-        tried.append(learning_rate)
+        """The second rate leaves the encoder as it is; the others ruin it."""
+        tried.append((learning_rate, len(local[0])))
         head = with_head(encoder, local, "cpu").head
-        if len(tried) != 2:
-            torch.nn.init.zeros_(head.linear.weight)  # type: ignore[union-attr, arg-type]
+        if learning_rate != 3e-4:
             torch.nn.init.zeros_(next(encoder.parameters()))
+            head = with_head(encoder, local, "cpu").head
         return encoder, head
 
     given = {"epochs": 1, "batch_size": 32, "epsilon": 8.0, "steps": 1, "learning_rate": 1e-3, "flip": True, "crop": 0.7}
@@ -197,7 +197,10 @@ def test_the_learning_rate_that_is_best_on_validation_is_kept(
     monkeypatch.setattr("hardening.measure.baselines.adversarial_training.train", train)
     (tmp_path / "x.training").mkdir()
     train_baseline("trades", bundle, dataset, tmp_path / "x.pt", seed=0, size="small", device="cpu", bars=QuietBars())
-    np.testing.assert_allclose(tried, [1e-3, 3e-4, 1e-4])
+    assert [rate for rate, _ in tried] == pytest.approx([1e-3, 3e-4, 1e-4, 3e-4])
+    whole = len(dataset.splits["local"])
+    assert tried[-1][1] == whole
+    assert all(whole / 8 <= images < whole / 4 for _, images in tried[:-1])
     kept = torch.load(tmp_path / "x.pt", weights_only=True)["encoder"]
     assert all(torch.equal(value, kept[name]) for name, value in public_victim(bundle).state_dict().items())
 
