@@ -273,9 +273,14 @@ def test_what_other_code_made_is_made_anew(
     monkeypatch.syspath_prepend(tmp_path)
     codes = [code_of(name) for name in ("hardening.attacks", "hardening.baselines", "another")]
     assert len(set(codes)) == 3
-    (package / "one.py").write_text("STEPS = 1\n")
-    code_of.cache_clear()
-    assert code_of("another") != codes[2]
+
+    def code(text: str) -> str:
+        (package / "one.py").write_text(text)
+        code_of.cache_clear()
+        return code_of("another")
+
+    assert code("STEPS = 1\n") not in (codes[2], code("STEPS = 2\n"))
+    assert code("STEPS = 1\n") == code('"""Words."""\n\nSTEPS = 1  # more words\n"""And of it."""\n')
     assert code_of("hardening.attacks") == codes[0]
     monkeypatch.setattr("hardening.measure.suite.code_of", lambda package: {"hardening.attacks": "new"}.get(package, "old"))
     assert files()[0] != before[0]
