@@ -48,7 +48,7 @@ def serve(
     a command line.
     """
     from service.server import serve as serve_settings
-    from service.settings import SettingsError, load_settings
+    from service.settings import SettingsError, load_settings, unknown_variables
 
     try:
         chosen = load_settings(
@@ -65,4 +65,6 @@ def serve(
     except SettingsError as error:
         typer.echo(f"twogate: {error}", err=True)
         raise typer.Exit(2) from None
+    for line in unknown_variables():
+        typer.echo(f"twogate: warning: {line}", err=True)
     raise typer.Exit(serve_settings(chosen))
