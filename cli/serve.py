@@ -43,7 +43,7 @@ def serve(
 
     - `TWOGATE_API_KEYS=key1,key2 twogate serve --host 0.0.0.0`: other machines may ask, with a key
 
-    Every setting can also be an environment variable, TWOGATE_<SETTING>, or a line of the settings file; a flag counts
+    Every setting can also be an environment variable, `TWOGATE_<SETTING>`, or a line of the settings file; a flag counts
     most, then the environment, then the file. API keys have no flag, because other users of a machine can read
     a command line.
     """
