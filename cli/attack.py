@@ -14,7 +14,7 @@ from cli.options import Device, Size, Store, bundle_folder
 def attack(
     bundle: Annotated[str, typer.Argument(help="NAME, NAME/VERSION or a bundle's folder: whose public victim is attacked.")],
     data: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Images: train/<class>/*, test/<class>/*, or flat.")
+        Path, typer.Option(exists=True, file_okay=False, help="Images: `train/<class>/*`, `test/<class>/*`, or flat.")
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder that gets the pictures, as PNG files.")],
     name: Annotated[

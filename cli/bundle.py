@@ -25,13 +25,11 @@ def list_(store: Store = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from model_store.errors import BundleError, TwogateError
+    from model_store.errors import BundleError
     from model_store.manifest import read_manifest
     from model_store.store import names, resolve, versions
 
     folder = store_folder(store)
-    if not folder.is_dir():
-        raise TwogateError(f"there is no store {folder}")
     table = Table("bundle", "version", "created", "dim", "detector", "size", box=None, pad_edge=False)
     damaged = False
     for name in names(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from math import isfinite
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.extras import needs
-from cli.options import Store, store_folder
+from cli.options import Store, bundle_folder
+from model_store.errors import TwogateError
 
 if TYPE_CHECKING:
     from cli.rows import Row
@@ -34,7 +35,11 @@ def embed(
     overwrite: Annotated[bool, typer.Option(help="Replace the output file if there is one.")] = False,
     bundle: Annotated[
         str | None,
-        typer.Option(envvar="TWOGATE_BUNDLE", help="NAME (its newest version) or NAME/VERSION.", show_default="photos"),
+        typer.Option(
+            envvar="TWOGATE_BUNDLE",
+            help="NAME (its newest version), NAME/VERSION, or the path of a bundle.",
+            show_default="photos",
+        ),
     ] = None,
     store: Store = None,
     max_fpr: Annotated[
@@ -51,7 +56,8 @@ def embed(
     - `twogate embed a/ b/ -o both.parquet`
 
     An image that cannot be read is a row with an error and no answer; it stops nothing. Of a folder, every file is
-    a row, except hidden ones. The columns are path, embedding, p_value, score, flagged, error.
+    a row, except hidden ones, and so is a folder that cannot be read. The columns are path, embedding, p_value, score,
+    flagged, error.
 
     Exit codes: 0 at least one image was answered, 1 none was, 2 the command was not understood.
     """
@@ -63,17 +69,20 @@ def embed(
             from cli.table import writing
     from cli.bar import bar
     from cli.rows import find, rows
+    from model_store.bundle import load_bundle
     from model_store.store import DEFAULT_BUNDLE
     from service.engine.local import LocalGate
 
-    gate = LocalGate.open(store_folder(store), bundle or DEFAULT_BUNDLE, max_fpr)
+    gate = LocalGate(load_bundle(bundle_folder(bundle or DEFAULT_BUNDLE, store)), max_fpr)
     total = sum(1 for _ in find(paths, output))
+    if not total:
+        raise TwogateError(f"there are no files in {', '.join(map(str, paths))}; hidden ones are left out")
     counts = {"answered": 0, "flagged": 0, "broken": 0}
     with ExitStack() as stack:
         put: Callable[[Row], None] = _print if output == STDOUT else stack.enter_context(writing(output, gate)).append
         shown = stack.enter_context(bar(f"embedding with {gate.label}"))
         shown.begin(total)
-        for row in rows(gate, find(paths, output), batch=batch, threads=gate.threads):
+        for row in rows(gate, _said(find(paths, output)), batch=batch, threads=gate.threads):
             put(row)
             counts["broken" if row.judged is None else "answered"] += 1
             counts["flagged"] += row.judged is not None and row.judged.verdict.flagged
@@ -84,6 +93,14 @@ def embed(
         typer.echo(said, err=True)
     if not counts["answered"]:
         raise typer.Exit(1)
+
+
+def _said(found: Iterable[Path | Row]) -> Iterator[Path | Row]:
+    """What cannot be read at all is a line on stderr beside its row: it may be a whole folder."""
+    for one in found:
+        if not isinstance(one, Path):
+            typer.echo(f"twogate: {one.path}: {one.error}", err=True)
+        yield one
 
 
 def _default_output(paths: list[Path]) -> Path:

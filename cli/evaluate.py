@@ -21,7 +21,8 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=DIR with train/<class>/* and test/<class>/*; once for each task. The first is the attacker's data too."
+            help="NAME=DIR with `train/<class>/*` and `test/<class>/*`; once for each task. The first is the attacker's data "
+            "too."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of records and report.")] = Path("evaluation"),

@@ -16,7 +16,7 @@ def harden(
     data: Annotated[
         Path,
         typer.Option(
-            exists=True, file_okay=False, help="Images: train/<class>/* and test/<class>/*, or flat unlabelled folders."
+            exists=True, file_okay=False, help="Images: `train/<class>/*` and `test/<class>/*`, or flat unlabelled folders."
         ),
     ],
     store: Annotated[

@@ -27,7 +27,9 @@ def train(
     data: Annotated[
         Path,
         typer.Option(
-            exists=True, file_okay=False, help="Images: train/<class>/* or <class>/*; test/<class>/* gives a number only."
+            exists=True,
+            file_okay=False,
+            help="Images: `train/<class>/*` or `<class>/*`; `test/<class>/*` gives a number only.",
         ),
     ],
     fusion: Annotated[

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import attack, bundle, embed, evaluate, harden, head, probe, recalibrate, serve
+from cli.say import Terminated
 from model_store.errors import TwogateError
 
 
@@ -72,7 +73,7 @@ def _version(wanted: bool) -> None:
 
 
 def _terminated(*_: object) -> None:
-    raise SystemExit(143)
+    raise Terminated
 
 
 @app.callback()

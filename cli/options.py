@@ -23,10 +23,13 @@ Size = Annotated[str, typer.Option(help="smoke (a minute), small (two cores), fu
 
 
 def store_folder(store: Path | None) -> Path:
-    """The store that was named, or the one that comes with Twogate."""
+    """The store that was named, or the one that comes with Twogate; TwogateError where there is none."""
     from model_store.store import EMBEDDED_STORE
 
-    return store or EMBEDDED_STORE
+    folder = store or EMBEDDED_STORE
+    if not folder.is_dir():
+        raise TwogateError(f"there is no store {folder}")
+    return folder
 
 
 def bundle_folder(wanted: str, store: Path | None) -> Path:

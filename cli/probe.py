@@ -80,7 +80,7 @@ def photographs(
 @app.command()
 def blackbox(
     bundle: _Bundle,
-    task: Annotated[str, typer.Option(help="NAME=DIR with train/<class>/* and test/<class>/*.")],
+    task: Annotated[str, typer.Option(help="NAME=DIR with `train/<class>/*` and `test/<class>/*`.")],
     url: _Url = _LOCAL,
     out: _Out = Path("probe"),
     searches: Annotated[str, typer.Option(help="square, nes; comma-separated.")] = "square,nes",

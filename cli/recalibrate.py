@@ -25,10 +25,11 @@ def recalibrate(
 
     The graph and with it every embedding and score stay as they are; what changes is the table that p-values are read
     from, so that about max_fpr of the clean images of *this* domain are flagged. Bring images that are like those to come,
-    that nobody attacked, and that the bundle was not trained on: 99 for a max_fpr of 0.01, 999 for 0.001. A bundle that is
-    calibrated to be quiet on honest changes (JPEG, noise, text and others) stays so: half of the images, 500 at most, are
-    scored after each of them too, which takes several times as long; pictures smaller than the graph's input are changed
-    before they are enlarged. The new version appears whole or not at all; its folder is printed.
+    that nobody attacked, and that the bundle was not trained on: 99 for a max_fpr of 0.01, 999 for 0.001. At most a
+    tenth of the files may be no usable images: these are left out. A bundle that is calibrated to be quiet on honest
+    changes (JPEG, noise, text and others) stays so: half of the images, 500 at most, are scored after each of them too,
+    which takes several times as long; pictures smaller than the graph's input are changed before they are enlarged. The new
+    version appears whole or not at all; its folder is printed.
     """
     from cli.bar import bar
     from model_store.bundle import load_bundle

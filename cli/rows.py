@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.errors import ImageError, ImageTooLarge
-from model_store.folder import MAX_FILE_BYTES, files_below
+from model_store.folder import MAX_FILE_BYTES
 from service.engine.local import LocalGate
 from service.engine.verdict import BrokenOutput, Judged
 
@@ -27,35 +28,65 @@ class Row:
     error: str | None
 
 
-def find(paths: Iterable[Path], leave_out: Path | None = None) -> Iterator[Path]:
+def find(paths: Iterable[Path], leave_out: Path | None = None) -> Iterator[Path | Row]:
     """The files that are meant: each file, and of each folder all files in it and below, sorted; hidden ones are not.
 
-    Links to folders are not followed. `leave_out` is one file, the output, that is never meant.
+    Links to folders are not followed. What is found and cannot be read is a row: a link to nowhere, a pipe, which might
+    never end, a folder that is closed to us. `leave_out` is one file, the output, that is never meant.
     """
     for path in paths:
         if not path.is_dir():
             yield path
             continue
-        yield from (file for file in files_below(path) if file != leave_out)
+        closed: list[OSError] = []
+        for place, below, files in os.walk(path, onerror=closed.append):
+            yield from _closed(closed)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for file in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
+                if file != leave_out:
+                    error = _no_file(file)
+                    yield Row(_text(file), None, error) if error else file
+        yield from _closed(closed)
 
 
-def rows(gate: LocalGate, paths: Iterable[Path], *, batch: int, threads: int) -> Iterator[Row]:
-    """Judge the files, `batch` in one forward; as many rows as paths, in their order.
+def _closed(errors: list[OSError]) -> Iterator[Row]:
+    """The folders that could not be read since this was asked last."""
+    while errors:
+        error = errors.pop(0)
+        yield Row(_text(Path(error.filename)), None, _why(error))
+
+
+def _no_file(path: Path) -> str | None:
+    """Why what is found in a folder is not to be opened, if so."""
+    try:
+        return None if stat.S_ISREG(path.stat().st_mode) else "is no file"
+    except OSError as error:
+        return _why(error)
+
+
+def _why(error: OSError) -> str:
+    return f"cannot be read ({error.strerror})"
+
+
+def rows(gate: LocalGate, paths: Iterable[Path | Row], *, batch: int, threads: int) -> Iterator[Row]:
+    """Judge the files, `batch` in one forward; as many rows as paths, in their order. What is a row already stays one.
 
     Reads no further ahead than two batches, so that any number of files fits into memory.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="twogate-decode") as pool:
         ahead: deque[tuple[str, Future[NDArray[np.uint8] | str]]] = deque()
         for path in paths:
-            ahead.append((_text(path), pool.submit(_picture, gate, path)))
+            ahead.append((path.path if isinstance(path, Row) else _text(path), pool.submit(_picture, gate, path)))
             if len(ahead) >= 2 * batch:
                 yield from _judge(gate, [ahead.popleft() for _ in range(batch)])
         while ahead:
             yield from _judge(gate, [ahead.popleft() for _ in range(min(batch, len(ahead)))])
 
 
-def _picture(gate: LocalGate, path: Path) -> NDArray[np.uint8] | str:
+def _picture(gate: LocalGate, path: Path | Row) -> NDArray[np.uint8] | str:
     """The decoded picture, or why there is none."""
+    if isinstance(path, Row):
+        return path.error or ""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -63,7 +94,7 @@ def _picture(gate: LocalGate, path: Path) -> NDArray[np.uint8] | str:
             raise ImageTooLarge("the file's size in bytes", MAX_FILE_BYTES, path.stat().st_size)
         return gate.decode(data)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return _why(error)
     except ImageError as error:
         return str(error)
 

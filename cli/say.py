@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from model_store.bundle import Bundle
 
 
+class Terminated(SystemExit):
+    """SIGTERM came."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
 def say_left_out(skipped: Iterable[tuple[Path, str]], copies: int) -> None:
     """Which files of a folder were no images, and how many were copies of others."""
     for path, reason in skipped:
@@ -34,9 +41,9 @@ def say_newer(bundle: Bundle, place: Path) -> None:
 
 @contextmanager
 def going_on_later() -> Iterator[None]:
-    """Around long work: who stops it by Ctrl-C is told that it is not lost, and the exit code is 130."""
+    """Around long work: who stops it, by Ctrl-C (exit code 130) or SIGTERM (143), is told that it is not lost."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         typer.echo("twogate: stopped; the same command goes on where it stopped", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None

@@ -43,12 +43,12 @@ def serve(
 
     - `TWOGATE_API_KEYS=key1,key2 twogate serve --host 0.0.0.0`: other machines may ask, with a key
 
-    Every setting can also be an environment variable, TWOGATE_<SETTING>, or a line of the settings file; a flag counts
+    Every setting can also be an environment variable, `TWOGATE_<SETTING>`, or a line of the settings file; a flag counts
     most, then the environment, then the file. API keys have no flag, because other users of a machine can read
     a command line.
     """
     from service.server import serve as serve_settings
-    from service.settings import SettingsError, load_settings
+    from service.settings import SettingsError, load_settings, unknown_variables
 
     try:
         chosen = load_settings(
@@ -65,4 +65,6 @@ def serve(
     except SettingsError as error:
         typer.echo(f"twogate: {error}", err=True)
         raise typer.Exit(2) from None
+    for line in unknown_variables():
+        typer.echo(f"twogate: warning: {line}", err=True)
     raise typer.Exit(serve_settings(chosen))

@@ -205,7 +205,9 @@ def _scan(root: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
     else:
         found = [("train", p.name, UNLABELLED) for p in shown(root) if p.is_file()]
         if not found:
-            raise DataError(f"{root} holds neither train/<class>/*, nor train/*, nor images")
+            advice = f"give {root.parent}" if root.resolve().name == "train" else "put its folders into a new one, train/"
+            hint = f"; {advice}" if any(p.is_dir() for p in shown(root)) else ""
+            raise DataError(f"{root} holds neither train/<class>/*, nor train/*, nor images{hint}")
     for group in ("train", "test", "calibration"):
         for file in sorted(files_below(root / group)):
             path = file.relative_to(root)
@@ -253,7 +255,10 @@ def _decode_all(
     if len(skipped) > len(groups) / 10:
         path, reason = skipped[0]
         partial.unlink()
-        raise DataError(f"{len(skipped)} of {len(groups)} files are no usable images; the first is {path}: {reason}")
+        raise DataError(
+            f"{len(skipped)} of {len(groups)} files are no usable images, and at most a tenth may be; the first is "
+            f"{path}: {reason}"
+        )
     for path, reason in skipped:
         bars.say(f"skipped {path}: {reason}")
     partial.replace(target)

@@ -147,7 +147,10 @@ def answer_files(
             pool.shutdown(wait=False, cancel_futures=True)
     if len(skipped) > MOST_SKIPPED * len(files):
         path, reason = skipped[0]
-        raise FolderError(f"{len(skipped)} of {len(files)} files are no usable images; the first is {path}: {reason}")
+        raise FolderError(
+            f"{len(skipped)} of {len(files)} files are no usable images, and at most a tenth may be; the first is "
+            f"{path}: {reason}"
+        )
     if not rows:
         raise FolderError("there is no image in the folder")
     return Answers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -17,6 +18,9 @@ from service.engine.gate import Gate
 from service.engine.state import State
 from service.settings import Settings
 
+_LOCAL = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""What to type into a browser on this machine, where every address is listened on."""
+
 
 class CannotListen(TwogateError):
     """The address cannot be listened on; the message says why and what to do."""
@@ -30,11 +34,19 @@ def serve(settings: Settings) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", level="INFO")
     # Its lines for people would be noise beside ours.
     logging.getLogger("uvicorn").setLevel("WARNING")
+    if not settings.store.is_dir():
+        print(f"twogate: there is no store {settings.store}", file=sys.stderr)
+        return 1
     try:
         listener = _listen(settings.host, settings.port)
     except CannotListen as error:
         print(f"twogate: {error}", file=sys.stderr)
         return 1
+    if not settings.api_keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        print(
+            f"twogate: warning: on {settings.host} anyone who reaches it may ask; TWOGATE_API_KEYS=key1,key2 asks for a key",
+            file=sys.stderr,
+        )
     app = create_app(settings)
     gate: Gate = app.state.context.gate
     config = uvicorn.Config(
@@ -47,7 +59,9 @@ def serve(settings: Settings) -> int:
         lifespan="on",
         timeout_graceful_shutdown=settings.shutdown_grace_s,
     )
-    server = _Server(config, gate, settings.drain_delay_s, _url(listener, settings.host))
+    port = listener.getsockname()[1]
+    where = f"{_url(settings.host, port)} (try {_url(_LOCAL.get(settings.host, settings.host), port)}/docs)"
+    server = _Server(config, gate, settings.drain_delay_s, where)
     server.run(sockets=[listener])
     return 1 if server.failed else 0
 
@@ -55,11 +69,11 @@ def serve(settings: Settings) -> int:
 class _Server(uvicorn.Server):
     """Uvicorn, with a life before (loading) and after (draining) its own."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, drain_delay_s: float, url: str) -> None:
+    def __init__(self, config: uvicorn.Config, gate: Gate, drain_delay_s: float, where: str) -> None:
         super().__init__(config)
         self._gate = gate
         self._drain_delay_s = drain_delay_s
-        self._url = url
+        self._where = where
         self._loop: asyncio.AbstractEventLoop | None = None
         self._announcing: asyncio.Task[None] | None = None
         self.failed = False
@@ -92,7 +106,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
             print(f"twogate: {health.reason}", file=sys.stderr)
         elif health.ready:
-            print(f"twogate: {health.reason} on {self._url} (try {self._url}/docs)", flush=True)
+            print(f"twogate: {health.reason} on {self._where}", flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -116,7 +130,5 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket, host: str) -> str:
-    """What to type into a browser on this machine."""
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{listener.getsockname()[1]}"
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

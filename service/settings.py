@@ -5,6 +5,7 @@ Priority: flags (arguments) > environment (`TWOGATE_<NAME>`) > settings file (TO
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -24,7 +25,10 @@ from model_store.store import DEFAULT_BUNDLE, EMBEDDED_STORE
 from service.choices import OnFlag, Provider
 
 MIB = 1024 * 1024
-FILE_VARIABLE = "TWOGATE_SETTINGS_FILE"
+_PREFIX = "TWOGATE_"
+FILE_VARIABLE = f"{_PREFIX}SETTINGS_FILE"
+_OTHERS = (FILE_VARIABLE, "TWOGATE_VENV", "TWOGATE_VENV_DEV")
+"""Variables that are known, and no settings: the last two are the Makefile's."""
 LARGEST_BYTES_PER_PIXEL = 20
 """What decoding one pixel takes at worst (WebP); `engine/decode.py` has the table."""
 
@@ -36,7 +40,7 @@ class SettingsError(TwogateError):
 class Settings(BaseSettings):
     """What an operator may choose. Immutable once made."""
 
-    model_config = SettingsConfigDict(env_prefix="TWOGATE_", extra="forbid", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
     # What is served
     store: Path = Field(EMBEDDED_STORE, description="folder of bundles, `<store>/<name>/<version>/`")
@@ -164,15 +168,39 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
     try:
         return _FromFile(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        raise SettingsError("; ".join(_explained(error))) from None
+        raise SettingsError("; ".join(_explained(error, file))) from None
     except ValueError as error:  # TOML that cannot be read
         raise SettingsError(f"{file}: {error}") from None
 
 
-def _explained(error: ValidationError) -> list[str]:
+def unknown_variables() -> list[str]:
+    """What to say of each variable of the environment that looks like a setting and is none.
+
+    They are no error: a platform may set variables of its own that begin like this.
+    """
+    lines = []
+    for variable in sorted(os.environ):
+        name = variable.upper().removeprefix(_PREFIX).lower()
+        if variable.upper().startswith(_PREFIX) and variable not in _OTHERS and name not in Settings.model_fields:
+            close = _nearest(name)
+            lines.append(f"{variable} is no setting" + (f"; did you mean {_PREFIX}{close.upper()}?" if close else ""))
+    return lines
+
+
+def _nearest(name: str) -> str | None:
+    """The setting that was probably meant."""
+    return next(iter(difflib.get_close_matches(name, Settings.model_fields, n=1)), None)
+
+
+def _explained(error: ValidationError, file: Path | None) -> list[str]:
     lines = []
     for found in error.errors(include_input=False, include_url=False):
         name = ".".join(str(part) for part in found["loc"])
+        if found["type"] == "extra_forbidden":
+            close = _nearest(name)
+            hint = f"did you mean {close}?" if close else f"known are {', '.join(Settings.model_fields)}"
+            lines.append(f"{file}: there is no setting {name}; {hint}")
+            continue
         message = found["msg"].removeprefix("Value error, ")
         lines.append(f"setting {name}: {message}" if name else message)
     return lines

@@ -11,12 +11,14 @@ from service.api.schemas import HealthReport
 router = APIRouter(tags=["health"])
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Is the process alive?")
 async def live() -> dict[str, bool]:
     """200 as long as the event loop turns, whatever the load: restart the process only where this fails."""
     return {"live": True}
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get(
     "/health/ready",
     response_model=HealthReport,

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.datastructures import QueryParams
 
-from service.api.multipart import file_parts
+from service.api.multipart import read_form
 from service.api.schemas import EncodingFormat
 from service.choices import OnFlag
 from service.problems import ImageTooLarge, InvalidRequest, MalformedRequest, Problem, TooManyImages, UnsupportedMedia
@@ -23,7 +23,7 @@ _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re
 
 
 class Options(BaseModel):
-    """What may be asked for beside the images: members of the JSON, or query parameters with the other two forms."""
+    """What may be asked for beside the images: members of the JSON, fields of a form, or query parameters."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -39,14 +39,19 @@ class ImageItem(BaseModel):
     image: str = Field(description="data-URI or base64")
 
 
-class EmbeddingRequest(Options):
+class BodyOptions(Options):
+    """What JSON and form know beside the images. What is not listed is ignored."""
+
+    modality: Literal["image"] = Field("image", description="as in infinity")
+    user: str | None = Field(None, description="ignored")
+
+
+class EmbeddingRequest(BodyOptions):
     """The JSON body, in OpenAI's shape. Members that are not listed are ignored."""
 
     input: str | ImageItem | list[str | ImageItem] = Field(
         description="an image, or a list of images, each a data-URI (data:image/...;base64,...) or base64; no URLs"
     )
-    modality: Literal["image"] = Field("image", description="as in infinity")
-    user: str | None = Field(None, description="ignored")
 
     @field_validator("input", mode="before")
     @classmethod
@@ -68,8 +73,13 @@ class Intake:
     options: Options
 
 
-def parse(body: bytes, content_type: str, query: QueryParams, *, max_images: int, max_bytes: int) -> Intake:
+def parse(
+    body: bytes, content_type: str, query: QueryParams, *, max_images: int, max_bytes: int, foreign_forms: bool = False
+) -> Intake:
     """Read a request's body by its Content-Type; runs in a thread, since a large body takes a while.
+
+    `foreign_forms`: forms may be those of an app, whose fields mean something else. Of them only `on_flag=reject` counts, so
+    that no field can make an upload one that the gate refuses to look at.
 
     Raises MalformedRequest, InvalidRequest, UnsupportedMedia, TooManyImages or ImageTooLarge.
     """
@@ -85,8 +95,9 @@ def parse(body: bytes, content_type: str, query: QueryParams, *, max_images: int
         images = [_decode_text(text, index, max_bytes) for index, text in enumerate(texts)]
         options = _from_query(query, asked)
     elif media_type == "multipart/form-data":
-        images = file_parts(body, content_type, max_files=max_images, max_bytes=max_bytes)
-        options = _from_query(query)
+        form = read_form(body, content_type, max_files=max_images, max_bytes=max_bytes)
+        images = form.files
+        options = _from_query(query, _from_form(form.fields, foreign_forms))
     elif not media_type or media_type.startswith("image/") or media_type == "application/octet-stream":
         images = [body] if body else []
         options = _from_query(query)
@@ -97,9 +108,9 @@ def parse(body: bytes, content_type: str, query: QueryParams, *, max_images: int
             accepted=list(BODY_TYPES),
             detected=media_type[:100],
         )
-    if not images:
-        raise InvalidRequest("there is no image in the request")
     _check_count(len(images), max_images)
+    if not any(images):
+        raise InvalidRequest("there is no image in the request")
     for index, image in enumerate(images):
         _check_size(len(image), index, max_bytes)
     return Intake(images, options)
@@ -107,10 +118,7 @@ def parse(body: bytes, content_type: str, query: QueryParams, *, max_images: int
 
 def _from_query(query: QueryParams, body: Options | None = None) -> Options:
     """Query parameters; where a body has options too, they win, except that either may ask to reject."""
-    given_there = dict(query)
-    if "reject" in query.getlist("on_flag"):  # where a proxy and its client each say something
-        given_there["on_flag"] = "reject"
-    asked = _validated(Options, given_there)
+    asked = _validated(Options, _strictest(query.multi_items()))
     if body is None:
         return asked
     given = {
@@ -120,6 +128,19 @@ def _from_query(query: QueryParams, body: Options | None = None) -> Options:
     if "reject" in (asked.on_flag, body.on_flag):
         given["on_flag"] = "reject"
     return Options(**given)
+
+
+def _from_form(fields: list[tuple[str, str]], foreign: bool) -> BodyOptions:
+    """The fields of a form; an input that was left empty says nothing."""
+    given = _strictest([(name, value) for name, value in fields if value])
+    if foreign:
+        given = {name: value for name, value in given.items() if (name, value) == ("on_flag", "reject")}
+    return _validated(BodyOptions, given)
+
+
+def _strictest(given: list[tuple[str, str]]) -> dict[str, Any]:
+    """The last of each name; of several `on_flag`, where a proxy and its client each say something, the strictest."""
+    return {**dict(given), **({"on_flag": "reject"} if ("on_flag", "reject") in given else {})}
 
 
 def _validated(kind: type[M], source: bytes | dict[str, Any]) -> M:

@@ -12,23 +12,27 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from service.api.context import Context, context_of
-from service.api.intake import EmbeddingRequest, Intake, Options, parse
+from service.api.intake import BodyOptions, EmbeddingRequest, Intake, Options, parse
+from service.api.models import check_served
 from service.api.schemas import Dae, ProblemDocument
 from service.engine.local import LocalGate
 from service.engine.verdict import Judged
 from service.notes import notes_of
-from service.problems import AdversarialSuspected, InvalidRequest, MalformedRequest, ModelNotFound
+from service.problems import AdversarialSuspected, InvalidRequest, MalformedRequest
 
 T = TypeVar("T")
 
 
-async def judged_request(request: Request) -> tuple[Options, LocalGate, list[Judged]]:
-    """Read the request, judge its images, apply the policy. Raises a Problem, or ClientDisconnect."""
+async def judged_request(request: Request, *, foreign_forms: bool = False) -> tuple[Options, LocalGate, list[Judged]]:
+    """Read the request, judge its images, apply the policy. Raises a Problem, or ClientDisconnect.
+
+    `foreign_forms` as in `intake.parse`.
+    """
     context = context_of(request)
     deadline = time.monotonic() + _seconds(request, context)
     # Before the body: a client should not send megabytes to learn that the model is still loading.
     model = context.gate.model
-    intake = await _read(request, context)
+    intake = await _read(request, context, foreign_forms)
     _check_model(intake.options, model)
     notes_of(request.scope).images = len(intake.images)
     judged = await _unless_gone(request, context.gate.judge(intake.images, deadline))
@@ -52,7 +56,7 @@ def _seconds(request: Request, context: Context) -> float:
     return min(limit, seconds)
 
 
-async def _read(request: Request, context: Context) -> Intake:
+async def _read(request: Request, context: Context, foreign_forms: bool) -> Intake:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -63,13 +67,13 @@ async def _read(request: Request, context: Context) -> Intake:
         request.query_params,
         max_images=context.settings.max_images,
         max_bytes=context.settings.max_image_bytes,
+        foreign_forms=foreign_forms,
     )
 
 
 def _check_model(options: Options, model: LocalGate) -> None:
-    served = [model.manifest.name, model.label]
-    if options.model is not None and options.model not in served:
-        raise ModelNotFound(f"served is {model.manifest.name}, also as {model.label}", served=served)
+    if options.model is not None:
+        check_served(options.model, model)
     if options.dimensions is not None and options.dimensions != model.manifest.embedding_dim:
         raise InvalidRequest(
             f"/dimensions: this model has {model.manifest.embedding_dim}; embeddings are not cut",
@@ -160,8 +164,12 @@ OPENAPI_INPUT: dict[str, Any] = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "description": "every file is an image, whatever its field is called",
-                    "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                    "description": "Every file is an image, whatever its field is called. The other fields are those of the "
+                    "JSON; at /v1/scan, where apps have whole forms of their own judged, only on_flag=reject counts.",
+                    "properties": {
+                        "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        **BodyOptions.model_json_schema()["properties"],
+                    },
                 },
             },
             "image/*": {"schema": {"type": "string", "format": "binary", "description": "one image, as it is"}},

@@ -1,4 +1,4 @@
-"""Take the files out of a multipart/form-data body."""
+"""Take the files and the fields out of a multipart/form-data body."""
 
 from __future__ import annotations
 
@@ -20,8 +20,18 @@ _FILE_NAME = re.compile(rb"(?:^|;)\s*filename[^=;]*=", re.IGNORECASE)
 """Wherever it stands: whether a quote before it was closed, frameworks see differently."""
 
 
-def file_parts(body: bytes, content_type: str, *, max_files: int, max_bytes: int) -> list[bytes]:
-    """The contents of all file parts, in their order, whatever their fields are called; other fields are skipped.
+@dataclass(frozen=True)
+class Form:
+    """What a form holds."""
+
+    files: list[bytes]
+    """The contents of all file parts, in their order, whatever their fields are called."""
+    fields: list[tuple[str, str]]
+    """Name and value of all other parts, in their order."""
+
+
+def read_form(body: bytes, content_type: str, *, max_files: int, max_bytes: int) -> Form:
+    """The files and the other fields of a form.
 
     A part is a file if it has a file name, or is of type image/* or application/octet-stream. Raises
     MalformedRequest, TooManyImages, ImageTooLarge, or UnsupportedMedia for a part with a Content-Transfer-Encoding:
@@ -55,7 +65,7 @@ def file_parts(body: bytes, content_type: str, *, max_files: int, max_bytes: int
         raise MalformedRequest("the multipart body ends before its closing boundary")
     if body.count(b"--" + boundary) != parts.count + 1:
         raise MalformedRequest("the multipart body has its boundary inside a part")
-    return parts.files
+    return Form(parts.files, parts.fields)
 
 
 def _boundary(content_type: str) -> bytes:
@@ -72,17 +82,20 @@ def _boundary(content_type: str) -> bytes:
 
 @dataclass
 class _Parts:
-    """Collects files from the parser's callbacks."""
+    """Collects files and fields from the parser's callbacks."""
 
     max_files: int
     max_bytes: int
     files: list[bytes] = field(default_factory=list)
+    fields: list[tuple[str, str]] = field(default_factory=list)
     finished: bool = False
     count: int = 0
     _field: bytes = b""
     _value: bytes = b""
     _headers: dict[bytes, bytes] = field(default_factory=dict)
-    _current: bytearray | None = None
+    _current: bytearray = field(default_factory=bytearray)
+    _name: str | None = ""
+    """Of a part that is a field; None where the part is a file."""
     _unnamed: bool = False
 
     def begin(self) -> None:
@@ -90,7 +103,8 @@ class _Parts:
         if self.count > self.max_files + _MAX_FIELDS:
             raise MalformedRequest(f"more than {self.max_files + _MAX_FIELDS} parts")
         self._headers = {}
-        self._current = None
+        self._current = bytearray()
+        self._name = ""
 
     def header_field(self, data: bytes, start: int, end: int) -> None:
         self._field += data[start:end]
@@ -113,16 +127,17 @@ class _Parts:
             raise MalformedRequest("a part of the multipart body is multipart itself")
         named = b"filename" in options or _FILE_NAME.search(disposition) is not None
         typed = media_type.startswith(b"image/") or media_type == b"application/octet-stream"
-        if not (named or typed):
+        self._name = None if named or typed else _text(options.get(b"name", b""))
+        if self._name is not None:
             return
         index = len(self.files)
         if self._headers.get(b"content-transfer-encoding", b"").decode("latin-1").lower() not in _PLAIN:
             raise UnsupportedMedia(f"image {index}: send it without Content-Transfer-Encoding", index=index)
         self._unnamed = not options.get(b"filename") and b"filename*" not in disposition.lower()
-        self._current = bytearray()
 
     def data(self, data: bytes, start: int, end: int) -> None:
-        if self._current is None:
+        if self._name is not None:
+            self._current += data[start:end]
             return
         index = len(self.files)
         if index == self.max_files:
@@ -136,10 +151,15 @@ class _Parts:
         self._current += data[start:end]
 
     def end(self) -> None:
+        if self._name is not None:
+            self.fields.append((self._name, _text(self._current)))
         # A form whose file input was left empty sends a part without name and content.
-        if self._current is not None and (self._current or not self._unnamed):
+        elif self._current or not self._unnamed:
             self.files.append(bytes(self._current))
-        self._current = None
 
     def finish(self) -> None:
         self.finished = True
+
+
+def _text(data: bytes | bytearray) -> str:
+    return data.decode("utf-8", "replace")

@@ -20,5 +20,5 @@ router = APIRouter(tags=["judging"], dependencies=[Depends(require_key)])
 )
 async def scan(request: Request) -> Response:
     """For every image a verdict: is it an adversarial example? Ask for `on_flag=reject` to see it in the status."""
-    _, model, judged = await judged_request(request)
+    _, model, judged = await judged_request(request, foreign_forms=True)
     return Response(ScanList.of(model.label, judged).model_dump_json(), media_type="application/json")

@@ -150,7 +150,6 @@ class Gate:
             local = await asyncio.to_thread(self._open)
         except TwogateError as error:
             self._failure = str(error)
-            logger.error("the bundle was refused: %s", error)
             return
         except Exception:
             self._failure = "the bundle cannot be loaded; the log says why"

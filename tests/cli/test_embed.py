@@ -103,6 +103,17 @@ def test_a_damaged_bundle_is_refused(twogate: Twogate, own_store: Path, photos: 
     assert twogate("embed", photos[0], "--store", own_store, "--bundle", "tiny/1").exit_code == 0
 
 
+def test_a_bundle_may_be_named_by_its_folder(twogate: Twogate, tiny_bundle: Path, photos: list[Path]) -> None:
+    result = twogate("embed", photos[0], "--bundle", tiny_bundle)
+    assert result.exit_code == 0, result.stderr
+    assert len(json.loads(result.stdout)["embedding"]) == 24
+
+
+def test_a_store_that_is_not_there_is_named(twogate: Twogate, photos: list[Path]) -> None:
+    result = twogate("embed", photos[0], "--store", "/nope")
+    assert (result.exit_code, result.stderr) == (1, "twogate: there is no store /nope\n")
+
+
 def test_a_path_that_does_not_exist_is_wrong_usage(twogate: Twogate, store: Path) -> None:
     assert twogate("embed", "nowhere.jpg", "--store", store, "--bundle", "tiny").exit_code == 2
 
@@ -224,11 +235,35 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(
     )
 
 
-def test_an_empty_folder_is_an_empty_table_and_exit_code_one(twogate: Twogate, store: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    output = tmp_path / "x.parquet"
-    assert twogate("embed", tmp_path / "empty", "-o", output, "--store", store, "--bundle", "tiny").exit_code == 1
-    assert pq.read_table(output).num_rows == 0
+@pytest.mark.parametrize("output", ["x.parquet", "-"])
+def test_an_empty_folder_is_told_and_leaves_no_table(
+    twogate: Twogate, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    result = twogate("embed", "empty", "-o", output, "--store", store, "--bundle", "tiny")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "twogate: there are no files in empty; hidden ones are left out\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_folder_that_cannot_be_listed_is_a_row_of_its_own(
+    twogate: Twogate, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, scandir = folder / "below" / "deeper", os.scandir
+
+    def refuse(path: Path | str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = twogate("embed", folder, "-o", "-", "--store", store, "--bundle", "tiny")
+    assert result.exit_code == 0
+    assert result.stderr == f"twogate: {closed}: cannot be read (Permission denied)\n"
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["path"] for line in lines] == [str(folder / name) for name in [*FOLDER_ROWS[:-1], "below/deeper"]]
+    assert lines[-1]["error"] == "cannot be read (Permission denied)"
 
 
 def test_odd_names_and_unreadable_files_stop_nothing(
@@ -244,9 +279,11 @@ def test_odd_names_and_unreadable_files_stop_nothing(
     os.mkfifo(folder / "pipe.jpg")
     output = tmp_path / "x.parquet"
     assert twogate("embed", folder, "-o", output, "--store", store, "--bundle", "tiny").exit_code == 0
-    (row,) = pq.read_table(output).to_pylist()
-    assert row["path"].endswith("caf\\xe9\n.jpg")
-    assert row["error"] is None
+    odd_name, gone, pipe = pq.read_table(output).to_pylist()
+    assert odd_name["path"].endswith("caf\\xe9\n.jpg")
+    assert odd_name["error"] is None
+    assert (gone["path"], gone["error"]) == (str(folder / "gone.jpg"), "cannot be read (No such file or directory)")
+    assert (pipe["path"], pipe["error"]) == (str(folder / "pipe.jpg"), "is no file")
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.parquet", b"run:2.parquet"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,15 +55,16 @@ def test_without_torch_the_extra_is_named(
     assert "twogate[harden]" in result.stderr
 
 
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_hand_it_says_how_to_go_on(
-    twogate: Twogate, calls: Calls, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    twogate: Twogate, calls: Calls, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: int, code: int
 ) -> None:
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(how)
 
     monkeypatch.setattr(sys.modules["hardening.pipeline"], "harden", stop)
     result = twogate("harden", recipe, "--data", tmp_path, "--store", tmp_path)
-    assert result.exit_code == 130
+    assert result.exit_code == code
     assert "goes on where it stopped" in result.stderr
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import typer
+from typer.core import TyperCommand, TyperGroup
 from typer.testing import CliRunner
 
 from cli.main import _Group, app
@@ -55,6 +58,29 @@ def test_every_command_has_help_that_teaches(twogate: Twogate, command: list[str
     if command != ["bundle", "list"]:
         assert f"twogate {' '.join(command)} " in result.stdout.split("Usage:")[1].partition("\n")[2], "no example"
     assert "[bold]" not in result.stdout
+
+
+def every_command(group: TyperGroup, *names: str) -> Iterator[tuple[tuple[str, ...], TyperCommand]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from every_command(command, *names, name)
+        elif isinstance(command, TyperCommand):
+            yield (*names, name), command
+
+
+COMMAND_TREE = typer.main.get_command(app)
+assert isinstance(COMMAND_TREE, TyperGroup)
+
+
+@pytest.mark.parametrize(
+    ("names", "command"), [pytest.param(*found, id=" ".join(found[0])) for found in every_command(COMMAND_TREE)]
+)
+def test_help_shows_what_stands_in_angle_brackets(twogate: Twogate, names: tuple[str, ...], command: TyperCommand) -> None:
+    # Typer takes it for Markdown, where <class> is HTML and * emphasis, unless it is `code`.
+    said = " ".join([command.help or "", *(getattr(parameter, "help", None) or "" for parameter in command.params)])
+    shown = twogate(*names, "--help").stdout
+    for word in re.findall(r"[\w/]*<[^ `]+", said):
+        assert word in shown
 
 
 def test_help_on_a_terminal_without_unicode(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,15 @@ def test_a_wrong_setting_is_wrong_usage_and_named(twogate: Twogate, served: list
     assert not served
 
 
+def test_a_variable_that_is_no_setting_is_a_warning(
+    twogate: Twogate, served: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWOGATE_MAXFPR", "0.05")
+    result = twogate("serve")
+    assert (result.exit_code, len(served)) == (0, 1)
+    assert result.stderr == "twogate: warning: TWOGATE_MAXFPR is no setting; did you mean TWOGATE_MAX_FPR?\n"
+
+
 def test_the_exit_code_is_the_servers(twogate: Twogate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.server.serve", lambda settings: 1)
     assert twogate("serve").exit_code == 1

@@ -212,7 +212,9 @@ def test_many_broken_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "root" / "fine.png").write_bytes((tmp_path / "root" / "0000.png").read_bytes())
     read(tmp_path / "root", tmp_path / "data")  # 13 of 134: just below a tenth
     (tmp_path / "root" / "broken13.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"14 of 135 files are no usable images; the first is broken0.jpg: "):
+    with pytest.raises(
+        DataError, match=r"14 of 135 files are no usable images, and at most a tenth may be; the first is broken0.jpg: "
+    ):
         read(tmp_path / "root", tmp_path / "other")
     assert not list((tmp_path / "other").iterdir())
 
@@ -284,6 +286,7 @@ def test_too_few_images(tmp_path: Path) -> None:
     [
         (lambda root: None, "there is no folder"),
         (lambda root: root.mkdir(), "holds neither"),
+        (lambda root: (root / "cat").mkdir(parents=True), "put its folders into a new one, train/"),
         (lambda root: (root / "train").mkdir(parents=True), "holds no files"),
     ],
 )
@@ -292,6 +295,12 @@ def test_folders_that_hold_nothing(tmp_path: Path, make: object, said: str) -> N
     make(tmp_path / "root")
     with pytest.raises(DataError, match=said):
         read(tmp_path / "root", tmp_path / "data")
+
+
+def test_the_folder_train_itself_leads_to_the_one_above(tmp_path: Path) -> None:
+    root = write_patterns(tmp_path / "root", train=2, test=2)
+    with pytest.raises(DataError, match=rf"holds neither .*; give {root}$"):
+        read(root / "train", tmp_path / "data")
 
 
 @pytest.mark.parametrize("stray", ["train/stray.png", "test/class9/0.png"])

@@ -82,10 +82,12 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("a: [", "is not YAML"),
+        ("name: x\n  seed: 1\n", "recipe.yaml, line 2, column 7: this cannot be read as YAML"),
+        ("[a]: b", "recipe.yaml, line 1, column 1: this cannot be read as YAML"),
+        ("\0", "recipe.yaml: is not UTF-8, or has characters"),
         ("- a\n- b\n", "a mapping of keys to values"),
         ("", "a mapping of keys to values"),
-        ("!!python/object/apply:os.system ['exit 1']", "is not YAML"),
+        ("!!python/object/apply:os.system ['exit 1']", "cannot be read as YAML"),
     ],
 )
 def test_what_is_no_mapping_is_refused(tmp_path: Path, content: str, said: str) -> None:

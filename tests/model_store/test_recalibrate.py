@@ -222,7 +222,9 @@ def test_files_that_are_no_images_are_listed_or_too_many(old: Path, tmp_path: Pa
     assert done.calibration.n == 99
     assert len(done.answers.skipped) == 11
     (folder / "note-11.txt").write_text("one too many")
-    with pytest.raises(FolderError, match=r"12 of 111 files are no usable images; the first is .*note-0\.txt"):
+    with pytest.raises(
+        FolderError, match=r"12 of 111 files are no usable images, and at most a tenth may be; the first is .*note-0\.txt"
+    ):
         recalibrate(load_bundle(old), old.parents[1], folder)
     assert versions(old.parents[1], "tiny") == [1, 2]
 

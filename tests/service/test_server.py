@@ -40,6 +40,16 @@ def test_one_line_says_where_it_is_ready(tmp_path: Path, tiny: dict[str, Any], p
     assert '"route": "/v1/scan"' in log
 
 
+@pytest.mark.parametrize(("keys", "warned"), [((), True), (("secret",), False)])
+def test_other_machines_may_ask_is_said(tmp_path: Path, tiny: dict[str, Any], keys: tuple[str, ...], warned: bool) -> None:
+    log = tmp_path / "log"
+    with process_server(log, **tiny, host="0.0.0.0", api_keys=keys) as server:
+        port = server.port
+        assert server.line == f"twogate: serving tiny/1 on http://0.0.0.0:{port} (try http://127.0.0.1:{port}/docs)\n"
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if "anyone" in line and "TWOGATE_API_KEYS" in line] == lines[:1] * warned
+
+
 def test_the_serving_side_never_loads_torch(tmp_path: Path) -> None:
     import sys
 
@@ -70,6 +80,7 @@ def test_an_address_that_is_none_is_told_in_one_line(
     ("changes", "reason"),
     [
         ({"bundle": "nobody"}, "the store holds tiny"),
+        ({"store": "/nope"}, "there is no store /nope"),
         ({"max_fpr": 0.0001}, "needs at least 9999 calibration images"),
         pytest.param({"provider": "cuda"}, "allow_fallback", marks=without_cuda),
     ],
@@ -93,7 +104,7 @@ def _refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
     try:
         assert server.process.wait(20) == 1
         log = (tmp_path / "log").read_text(encoding="utf-8")
-        assert any(line.startswith("twogate: ") and reason in line for line in log.splitlines()), log
+        assert [line.startswith("twogate: ") for line in log.splitlines() if reason in line] == [True], log
         assert "Traceback" not in log
         assert server.process.stdout is not None
         assert server.process.stdout.read() == ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import MIB, Settings, SettingsError, load_settings
+from service.settings import MIB, Settings, SettingsError, load_settings, unknown_variables
 
 
 def test_every_setting_is_documented() -> None:
@@ -46,6 +46,18 @@ def test_a_key_that_is_empty_opens_no_door(keys: str, tmp_path: Path, monkeypatc
         load_settings()
 
 
+def test_a_variable_that_is_nearly_a_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TWOGATE_PORT", "TWOGATE_VENV_DEV", "TWOGATE_SETTINGS_FILE", "twogate_host"):
+        monkeypatch.setenv(name, "x")
+    assert unknown_variables() == []
+    monkeypatch.setenv("TWOGATE_MAXFPR", "0.05")
+    monkeypatch.setenv("TWOGATE_COLOUR", "red")
+    assert unknown_variables() == [
+        "TWOGATE_COLOUR is no setting",
+        "TWOGATE_MAXFPR is no setting; did you mean TWOGATE_MAX_FPR?",
+    ]
+
+
 def test_variables_that_are_not_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWOGATE_VENV", "/somewhere")
     monkeypatch.setenv("TWOGATE_PORT", "")
@@ -55,7 +67,9 @@ def test_variables_that_are_not_settings_are_left_alone(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("porf = 1", "porf"),
+        ("porf = 1", "twogate.toml: there is no setting porf; did you mean port\\?"),
+        ("max_fprr = 0.05", "did you mean max_fpr\\?"),
+        ("colour = 1", "there is no setting colour; known are store, bundle, .*max_fpr"),
         ("port = 99999", "setting port: .*65535"),
         ("max_fpr = 0", "setting max_fpr"),
         ("max_fpr = 'x", "twogate.toml"),

@@ -36,6 +36,7 @@ def test_without_a_key_v1_is_closed(locked: httpx.Client, photo: bytes, header: 
         post_raw(locked, photo, headers=headers),
         post_raw(locked, photo, "/v1/scan", headers=headers),
         locked.get("/v1/models", headers=headers),
+        locked.get("/v1/models/tiny", headers=headers),
         locked.get("/v1/limits", headers=headers),
     ):
         assert_problem(response, 401, "unauthorized")

@@ -54,7 +54,7 @@ def test_all_forms_of_a_request_give_the_same_answer(client: httpx.Client, photo
         client.post("/v1/embeddings", json={"input": [data_uri(photo), base64.b64encode(suspicious).decode()]}),
         client.post("/v1/embeddings", files={"a": ("x.jpg", photo), "b": ("y.png", suspicious)}),
         client.post("/v1/embeddings", json={"input": [{"image": data_uri(photo)}, data_uri(suspicious)]}),
-        client.post("/v1/embeddings", files=[("f", photo), ("f", suspicious)], data={"model": "a field"}),
+        client.post("/v1/embeddings", files=[("f", photo), ("f", suspicious)], data={"model": "tiny", "note": "a field"}),
     ]
     for answer in many:
         assert answer.status_code == 200, answer.text
@@ -62,6 +62,15 @@ def test_all_forms_of_a_request_give_the_same_answer(client: httpx.Client, photo
             np.testing.assert_allclose(one["embedding"], expected["embedding"], atol=1e-6, rtol=0)
             assert one["dae"]["flagged"] == expected["dae"]["flagged"]
             assert one["dae"]["score"] == pytest.approx(expected["dae"]["score"], abs=1e-6)
+
+
+def test_fields_of_a_form_are_honoured(client: httpx.Client, photo: bytes) -> None:
+    def post(**fields: str) -> httpx.Response:
+        return client.post("/v1/embeddings", files={"file": photo}, data=fields)
+
+    assert isinstance(post(encoding_format="base64").json()["data"][0]["embedding"], str)
+    assert_problem(post(model="a car"), 404, "model-not-found")
+    assert_problem(post(modality="text"), 422, "invalid-request")
 
 
 def test_neighbours_never_change_an_embedding(client: httpx.Client, photos: list[Path], suspicious: bytes) -> None:

@@ -19,6 +19,13 @@ def test_a_server_that_is_well(client: httpx.Client) -> None:
     assert (ready.status_code, ready.json()) == (200, {"state": "ready", "reason": "serving tiny/1"})
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+def test_head_is_answered_as_get_is_without_a_body(client: httpx.Client, path: str) -> None:
+    whole, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]
+
+
 def test_before_the_model_is_loaded(make_settings: Callable[..., Settings], photo: bytes) -> None:
     async def main() -> None:
         # Without a lifespan nothing is ever loaded: the state in which every server starts.

@@ -167,6 +167,44 @@ def test_options_of_the_other_forms_are_query_parameters() -> None:
         _parse(b"x", "image/png", "on_flag=never")
 
 
+def _form(
+    fields: list[tuple[str, str]], query: str = "", *, foreign: bool = False, files: tuple[bytes, ...] = (b"x",)
+) -> Intake:
+    parts = [(f'form-data; name="{name}"', value.encode()) for name, value in fields]
+    parts += [('form-data; name="file"; filename="a.png"', data) for data in files]
+    body = b"".join(b"--b\r\nContent-Disposition: " + head.encode() + b"\r\n\r\n" + data + b"\r\n" for head, data in parts)
+    kind = "multipart/form-data; boundary=b"
+    return parse(body + b"--b--\r\n", kind, QueryParams(query), max_images=3, max_bytes=1000, foreign_forms=foreign)
+
+
+def test_fields_of_a_form_are_those_of_the_json() -> None:
+    options = _form([("model", "tiny"), ("encoding_format", "base64"), ("dimensions", "24"), ("modality", "image")]).options
+    assert (options.model, options.encoding_format, options.dimensions) == ("tiny", "base64", 24)
+    assert _form([("note", "a field"), ("model", "")]).options.model is None
+    assert _form([("on_flag", "reject")]).options.on_flag == "reject"
+    assert _form([("on_flag", "reject"), ("on_flag", "flag")]).options.on_flag == "reject"
+    assert _form([("on_flag", "flag")], "on_flag=reject").options.on_flag == "reject"
+    for name, value in (("encoding_format", "int8"), ("modality", "text"), ("on_flag", "ignore"), ("dimensions", "many")):
+        with pytest.raises(InvalidRequest, match=f"/{name}"):
+            _form([(name, value)])
+
+
+def test_no_field_of_an_apps_own_form_keeps_its_files_from_being_judged() -> None:
+    # Gates let pass what has no image for Twogate (invalid-request), and what they cannot ask about (model-not-found).
+    odd = [("model", "a car"), ("encoding_format", "int8"), ("modality", "audio"), ("dimensions", "3"), ("on_flag", "never")]
+    intake = _form(odd, "on_flag=reject", foreign=True)
+    assert (intake.images, intake.options.model, intake.options.on_flag) == ([b"x"], None, "reject")
+    assert _form([("on_flag", "reject")], foreign=True).options.on_flag == "reject"
+
+
+def test_empty_files_alone_are_no_image_and_beside_others_they_are_kept() -> None:
+    for empty in (lambda: _form([], files=(b"", b"")), lambda: _parse(b"", "image/png"), lambda: _json("")):
+        with pytest.raises(InvalidRequest, match="there is no image in the request"):
+            empty()
+    # Left out, or refused as "no image", they would take the other one past a gate.
+    assert _form([], files=(b"", b"x")).images == [b"", b"x"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.binary(max_size=300),

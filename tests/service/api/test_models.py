@@ -3,11 +3,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import httpx
+import openai
 import pytest
 
 from model_store.bundle import Bundle
 from service.settings import Settings
-from tests.service.support import thread_server
+from tests.service.support import ThreadServer, assert_problem, thread_server
 
 
 def test_it_says_exactly_what_is_served(client: httpx.Client, bundle: Bundle) -> None:
@@ -31,3 +32,15 @@ def test_it_says_the_operators_policy(make_settings: Callable[..., Settings]) ->
     with thread_server(make_settings(max_fpr=0.05, on_flag="reject")) as server:
         (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert (model["max_fpr"], model["on_flag"]) == (0.05, "reject")
+
+
+def test_one_is_there_by_its_names(server: ThreadServer, client: httpx.Client) -> None:
+    (listed,) = client.get("/v1/models").json()["data"]
+    for name in ("tiny", "tiny/1"):
+        assert client.get(f"/v1/models/{name}").json() == listed
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as sdk:
+            assert sdk.models.retrieve(name).id == "tiny"
+    for name in ("tiny/2", "nobody"):
+        document = assert_problem(client.get(f"/v1/models/{name}"), 404, "model-not-found")
+        assert document["served"] == ["tiny", "tiny/1"]
+    assert "/v1/models/{id}" in client.get("/openapi.json").json()["paths"]

@@ -5,14 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.api.multipart import file_parts
+from service.api.multipart import Form, read_form
 from service.problems import ImageTooLarge, MalformedRequest, Problem, TooManyImages, UnsupportedMedia
 
 TYPE = "multipart/form-data; boundary=xyz"
 
 
 def _parts(body: bytes, content_type: str = TYPE, max_files: int = 4, max_bytes: int = 100) -> list[bytes]:
-    return file_parts(body, content_type, max_files=max_files, max_bytes=max_bytes)
+    return _form(body, content_type, max_files, max_bytes).files
+
+
+def _form(body: bytes, content_type: str = TYPE, max_files: int = 4, max_bytes: int = 100) -> Form:
+    return read_form(body, content_type, max_files=max_files, max_bytes=max_bytes)
 
 
 def _body(*parts: tuple[str, bytes]) -> bytes:
@@ -23,14 +27,16 @@ def _file(name: str = "a.jpg", more: str = "") -> str:
     return f'Content-Disposition: form-data; name="whatever"; filename="{name}"\r\nContent-Type: image/jpeg{more}'
 
 
-def test_every_file_is_taken_whatever_its_field_is_called_and_other_fields_are_not() -> None:
+def test_every_file_is_taken_whatever_its_field_is_called_and_other_fields_beside_them() -> None:
     request = httpx.Request(
         "POST",
         "http://x",
         files=[("a", ("1.jpg", b"one")), ("b", ("2.txt", b"two", "text/plain"))],
         data={"note": "a field", "model": "a car"},
     )
-    assert _parts(request.read(), request.headers["content-type"]) == [b"one", b"two"]
+    form = _form(request.read(), request.headers["content-type"])
+    assert form.files == [b"one", b"two"]
+    assert form.fields == [("note", "a field"), ("model", "a car")]
 
 
 def test_a_file_without_a_name_is_one_by_its_type_and_an_extended_name_is_a_name() -> None:

@@ -29,3 +29,8 @@ def test_a_form_of_an_upload_page_is_scanned_whatever_its_fields(
 ) -> None:
     answer = client.post("/v1/scan", files={"avatar": photo, "cover": suspicious}, data={"model": "T", "csrf": "x"})
     assert [item["dae"]["flagged"] for item in answer.json()["data"]] == [False, True]
+
+
+def test_a_form_may_ask_to_reject(client: httpx.Client, suspicious: bytes) -> None:
+    answer = client.post("/v1/scan", files={"file": suspicious}, data={"on_flag": "reject"})
+    assert_problem(answer, 422, "adversarial-suspected")

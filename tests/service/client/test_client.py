@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 import service.client
@@ -55,6 +56,15 @@ def test_a_suspicious_picture_is_flagged_with_a_reason(server: ThreadServer, sus
     answer = TwogateClient(server.url + "/").scan(suspicious)
     assert (answer.outcome, answer.status) == (Outcome.FLAGGED, 422)
     assert "adversarial-suspected" in answer.reason
+
+
+@pytest.mark.parametrize("name", ["model", "encoding_format", "modality", "dimensions", "on_flag", "note"])
+def test_no_field_of_a_form_takes_a_picture_past_the_gate(server: ThreadServer, suspicious: bytes, name: str) -> None:
+    form = httpx.Request("POST", "http://x", files={"file": suspicious, "empty": b""}, data={name: "nonsense"})
+    only = httpx.Request("POST", "http://x", files={"file": suspicious}, data={name: "nonsense"})
+    client = TwogateClient(server.url)
+    assert client.scan(only.read(), only.headers["content-type"]).outcome is Outcome.FLAGGED
+    assert client.scan(form.read(), form.headers["content-type"]).outcome is Outcome.REFUSED  # for the empty file
 
 
 @pytest.mark.parametrize(
