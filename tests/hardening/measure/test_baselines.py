@@ -179,13 +179,13 @@ def test_the_learning_rate_that_is_best_on_validation_is_kept(
 ) -> None:
     bundle = load_bundle(toy_bundles[0])
     dataset = read_images(task_folder, bundle.manifest, tmp_path / "data", QuietBars())
-    tried: list[tuple[float, int]] = []
+    tried: list[float] = []
 
     def train(
         encoder: Encoder, method: str, local: Split, validation: Split, *, learning_rate: float, **_: object
     ) -> tuple[Encoder, torch.nn.Module]:
         """The second rate leaves the encoder as it is; the others ruin it."""
-        tried.append((learning_rate, len(local[0])))
+        tried.append(learning_rate)
         head = with_head(encoder, local, "cpu").head
         if learning_rate != 3e-4:
             torch.nn.init.zeros_(next(encoder.parameters()))
@@ -197,10 +197,7 @@ def test_the_learning_rate_that_is_best_on_validation_is_kept(
     monkeypatch.setattr("hardening.measure.baselines.adversarial_training.train", train)
     (tmp_path / "x.training").mkdir()
     train_baseline("trades", bundle, dataset, tmp_path / "x.pt", seed=0, size="small", device="cpu", bars=QuietBars())
-    assert [rate for rate, _ in tried] == pytest.approx([1e-3, 3e-4, 1e-4, 3e-4])
-    whole = len(dataset.splits["local"])
-    assert tried[-1][1] == whole
-    assert all(whole / 8 <= images < whole / 4 for _, images in tried[:-1])
+    assert tried == pytest.approx([1e-3, 3e-4, 1e-4])
     kept = torch.load(tmp_path / "x.pt", weights_only=True)["encoder"]
     assert all(torch.equal(value, kept[name]) for name, value in public_victim(bundle).state_dict().items())
 
