@@ -98,9 +98,8 @@ def train_baseline(
     folder = file.with_suffix(".training")
     shared: Any = {"seed": seed, "folder": folder, "device": device, "bars": bars}
 
-    def trained(**rate: float) -> tuple[float, Encoder]:
-        job = "-".join([file.stem, *(f"{value:g}" for value in rate.values())])
-        own: Any = {**given, **rate, "job": job, **shared}
+    def trained(rate: float) -> tuple[float, Encoder]:
+        own: Any = {**given, "learning_rate": rate, "job": f"{file.stem}-{rate:g}", **shared}
         victim = public_victim(bundle)
         if name == "gen-af":
             few: Any = {"layer_images": 32, "layer_epochs": 1} if size == "smoke" else {}
@@ -116,13 +115,13 @@ def train_baseline(
             generator=torch.Generator().manual_seed(seed),
             device=device,
         )
-        said = " ".join(f"{metric} {value:.3g}" for metric, value in {**rate, **found}.items())
-        bars.say(f"{BASELINES[name]} trained: {said}")
+        said = " ".join(f"{metric} {value:.3g}" for metric, value in found.items())
+        bars.say(f"{BASELINES[name]}, learning rate {rate:g}: {said}")
         return found["selection"], encoder.cpu()
 
     # Shorter searches mislead: on few images the smallest rate leaves the encoder as it is, and wins by its clean accuracy.
     rates = [share * given["learning_rate"] for share in (_RATES if size != "smoke" else _RATES[:1])]
-    _, encoder = max((trained(learning_rate=rate) for rate in rates), key=lambda found: found[0])
+    _, encoder = max(map(trained, rates), key=lambda found: found[0])
     save_tensors(file, {"encoder": encoder.state_dict()})
     shutil.rmtree(folder)
 
