@@ -200,6 +200,8 @@ def load_recipe(path: Path) -> Recipe:
         mark = error.problem_mark or error.context_mark
         where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else path
         raise RecipeError(f"{where}: this cannot be read as YAML ({error.problem})") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: is nested too deep for a recipe") from None
     except (yaml.reader.ReaderError, UnicodeDecodeError):
         raise RecipeError(f"{path}: is not UTF-8, or has characters that YAML does not know") from None
     if not isinstance(raw, dict):

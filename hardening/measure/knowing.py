@@ -47,7 +47,7 @@ _BATCH = 50
 _BYTES_PER_PIXEL = 20_000
 """Of all images of a batch together: what the whole defence takes with its gradients."""
 _BYTES = 3_000_000_000
-"""On a CPU; of an accelerator's free memory a tenth, for others may want it too."""
+"""On a CPU; of an accelerator's memory a tenth. Not of what is free just now: numbers would follow it, by the batch."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def attack_knowing(
     generator = torch.Generator().manual_seed(seed)
     aim = _Aim.read(name)
     run, parts = _RUNS[aim.kind.removesuffix(MIXTURE)], []
-    free = _BYTES if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 10
-    batch = max(1, min(_BATCH, free // (_BYTES_PER_PIXEL * images.shape[1] * images.shape[2])))
+    room = _BYTES if device == "cpu" else torch.cuda.get_device_properties(device).total_memory // 10
+    batch = max(1, min(_BATCH, room // (_BYTES_PER_PIXEL * images.shape[1] * images.shape[2])))
     if run is ensemble_universal:
         # One perturbation for all of them, and made on them, which favours the attacker.
         run, batch = partial(ensemble_universal, chunk=batch), len(images)

@@ -87,6 +87,7 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
         ("\0", "recipe.yaml: is not UTF-8, or has characters"),
         ("- a\n- b\n", "a mapping of keys to values"),
         ("", "a mapping of keys to values"),
+        ("name: " + "[" * 3000, "recipe.yaml: is nested too deep"),
         ("!!python/object/apply:os.system ['exit 1']", "cannot be read as YAML"),
     ],
 )
